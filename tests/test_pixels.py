@@ -1,0 +1,223 @@
+"""The observation models are probabilities: known values, brute force in float64, and mass one over wild parameters."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from vaejob.config import LikelihoodConfig
+from vaejob.errors import ConfigError
+from vaejob.likelihood.pixels import Bernoulli, DiscretizedLogistic, check_total_mass, make_pixels, total_mass
+from vaejob.likelihood.units import bits_per_dim, nats_per_bit_per_dim
+from vaejob.model.noise import Noise, image_noise
+
+WILD = st.floats(-1.5, 1.5, width=32) | st.floats(-60, 60, width=32)
+MODELS = [Bernoulli(), *(DiscretizedLogistic(bits=bits) for bits in range(1, 9))]
+
+
+def noise(images: int, **settings) -> Noise:
+    return image_noise(np.arange(images), **{"seed": 0, "purpose": "static", "device": "cpu"} | settings)
+
+
+def one_pixel(*parameters: float) -> torch.Tensor:
+    return torch.tensor(parameters, dtype=torch.float32).view(1, -1, 1, 1)
+
+
+def level(value: int) -> torch.Tensor:
+    return torch.full((1, 1, 1, 1), value, dtype=torch.uint8)
+
+
+def exact_log_mass(j: int, mean: float, log_scale: float, *, levels: int) -> float:
+    """The definition, in float64: interior bins by whichever tail keeps the difference of two sigmoids from cancelling."""
+    scale, x, half = math.exp(min(max(log_scale, -7.0), 30.0)), -1 + 2 * j / (levels - 1), 1 / (levels - 1)
+    low = -math.inf if j == 0 else (x - half - mean) / scale
+    high = math.inf if j == levels - 1 else (x + half - mean) / scale
+    if low + high > 0:
+        low, high = -high, -low
+    a, b = np.logaddexp(0, -high), np.logaddexp(0, -low)  # log sigma(t) = -log(1 + e^-t)
+    return float(-a + np.log1p(-np.exp(a - b)))
+
+
+# From an independent float64 implementation of the 256-level likelihood.
+@pytest.mark.parametrize(
+    ("value", "mean", "log_scale", "expected"),
+    [
+        (127, 0, -2, -4.234690553762955),
+        (0, 0, -2, -7.360715354032355),
+        (100, 0.3, -4, -28.99600404868466),
+        (255, -1, -7, -2188.965794667002),
+        (200, 1, -7, -468.7571026323213),
+    ],
+)
+def test_logistic_has_its_known_values(value, mean, log_scale, expected):
+    found = DiscretizedLogistic().log_prob(one_pixel(mean, log_scale), level(value)).item()
+    assert found == pytest.approx(expected, rel=3e-5)
+    assert exact_log_mass(value, mean, log_scale, levels=256) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 8), st.data(), st.floats(-3, 3, width=32), st.floats(-12, 5, width=32))
+def test_logistic_equals_brute_force(bits, data, mean, log_scale):
+    pixels = DiscretizedLogistic(bits=bits)
+    j = data.draw(st.integers(0, pixels.levels - 1))
+    found = pixels.log_prob(one_pixel(mean, log_scale), level(j)).item()
+    # Float32 knows the distance of a level from the mean to 2^-23, which narrow scales magnify.
+    slack = 3e-7 * math.exp(-max(log_scale, -7.0))
+    assert found == pytest.approx(exact_log_mass(j, mean, log_scale, levels=pixels.levels), rel=3e-5, abs=1e-5 + slack)
+
+
+@pytest.mark.parametrize("pixels", MODELS, ids=repr)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_pixel_probabilities_sum_to_one(pixels, data):
+    row = st.lists(WILD, min_size=pixels.parameters_per_channel, max_size=pixels.parameters_per_channel)
+    parameters = torch.tensor(data.draw(st.lists(row, min_size=1)))
+    mass = total_mass(pixels, parameters.view(len(parameters), -1, 1, 1))
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", MODELS, ids=repr)
+def test_start_up_check_passes_for_each_model(pixels):
+    check_total_mass(pixels)
+
+
+def test_start_up_check_refuses_what_is_not_a_likelihood():
+    class OverlappingBins(DiscretizedLogistic):
+        def log_prob(self, parameters, levels):
+            return super().log_prob(parameters, levels) + 1e-4
+
+    with pytest.raises(ConfigError, match="sum to 1"):
+        check_total_mass(OverlappingBins())
+
+
+def test_mass_covers_each_channel_by_itself():
+    parameters = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert total_mass(DiscretizedLogistic(bits=3), parameters).shape == (2 * 3 * 3 * 4,)
+
+
+def test_log_prob_adds_up_channels_and_pixels():
+    pixels, generator = DiscretizedLogistic(bits=4), torch.Generator().manual_seed(1)
+    parameters = torch.randn(2, 2, 3, 2, 2, generator=generator)  # mean or scale, then channel, then pixel
+    levels = torch.randint(0, 16, (2, 3, 2, 2), generator=generator, dtype=torch.uint8)
+    found = pixels.log_prob(parameters.flatten(1, 2), levels)
+    for image in range(2):
+        each = [
+            exact_log_mass(int(levels[image][at]), *parameters[image][(slice(None), *at)].tolist(), levels=16)
+            for at in np.ndindex(3, 2, 2)
+        ]
+        assert found[image].item() == pytest.approx(sum(each), rel=1e-5)
+
+
+def test_bernoulli_equals_cross_entropy():
+    logits = torch.linspace(-80, 80, 4 * 784).view(4, 1, 28, 28)
+    levels = Bernoulli(binarize="dynamic").to_levels(torch.full((4, 1, 28, 28), 99, dtype=torch.uint8), noise(4))
+    exact = F.binary_cross_entropy_with_logits(logits.double(), levels.double(), reduction="none").flatten(1).sum(1)
+    torch.testing.assert_close(Bernoulli().log_prob(logits, levels), -exact.float())
+
+
+@pytest.mark.parametrize("pixels", MODELS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_finite_and_nats_are_float32(pixels, dtype):
+    edges = torch.tensor([-1e4, -80.0, -7.0, -1.0, 0.0, 1.0, 7.0, 80.0, 1e4])
+    grid = torch.cartesian_prod(edges, edges).view(-1, 2, 1, 1)[:, : pixels.parameters_per_channel]
+    for j in {0, 1, pixels.levels // 2, pixels.levels - 1}:
+        parameters = grid.to(dtype).requires_grad_()
+        nats = pixels.log_prob(parameters, torch.full((len(grid), 1, 1, 1), j, dtype=torch.uint8))
+        assert nats.dtype == torch.float32
+        assert nats.isfinite().all()
+        (gradient,) = torch.autograd.grad(nats.sum(), parameters)
+        assert gradient.isfinite().all()
+
+
+def test_gradient_equals_finite_differences():
+    pixels, j = DiscretizedLogistic(bits=5), 20
+    for mean, log_scale in [(0.1, -1.0), (-0.4, -3.0), (1.2, 0.5)]:
+        parameters = one_pixel(mean, log_scale).requires_grad_()
+        (gradient,) = torch.autograd.grad(pixels.log_prob(parameters, level(j)).sum(), parameters)
+        for i, (up, down) in enumerate([((1e-5, 0), (-1e-5, 0)), ((0, 1e-5), (0, -1e-5))]):
+            values = [exact_log_mass(j, mean + m, log_scale + s, levels=32) for m, s in (up, down)]
+            assert gradient[0, i].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_lower_bits_drop_the_lowest_digits(bits):
+    pixels = DiscretizedLogistic(bits=bits)
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    levels = pixels.to_levels(images, noise(1))
+    assert levels.flatten().tolist() == [value >> (8 - bits) for value in range(256)]
+    assert pixels.to_inputs(levels).aminmax() == (-1, 1)
+    assert pixels.to_uint8(levels).unique().tolist() == [round(255 * j / (2**bits - 1)) for j in range(2**bits)]
+
+
+def test_threshold_is_at_half():
+    levels = Bernoulli().to_levels(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), noise(1))
+    assert levels.flatten().tolist() == [0] * 128 + [1] * 128
+
+
+@pytest.mark.parametrize("binarize", ["static", "dynamic"])
+def test_grey_is_the_probability_of_white(binarize):
+    grey = torch.tensor([0, 1, 64, 128, 254, 255], dtype=torch.uint8)
+    levels = Bernoulli(binarize=binarize).to_levels(grey.expand(20_000, 1, 1, 6), noise(20_000))
+    found, expected = levels.double().mean(0).flatten(), grey / 255
+    assert found[0] == 0
+    assert found[-1] == 1
+    assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / 20_000).sqrt() + 1e-12).all()
+
+
+def test_dynamic_binarisation_changes_with_the_epoch_and_static_does_not():
+    images, pixels = torch.full((2, 1, 28, 28), 128, dtype=torch.uint8), Bernoulli(binarize="dynamic")
+    drawn = [pixels.to_levels(images, noise(2, purpose="train", epoch=epoch)) for epoch in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(("mean", "log_scale"), [(0.2, -2.0), (-1.1, -1.0), (0.9, -6.0), (0.0, 1.0)])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_samples_and_mean_follow_the_probabilities(bits, mean, log_scale):
+    pixels, images = DiscretizedLogistic(bits=bits), 40_000
+    levels = torch.arange(pixels.levels)
+    mass = torch.tensor([exact_log_mass(j, mean, log_scale, levels=pixels.levels) for j in levels.tolist()]).exp()
+    parameters = one_pixel(mean, log_scale).expand(images, -1, -1, -1)
+    drawn = pixels.sample(parameters, noise(images)).flatten().long()
+    found = torch.bincount(drawn, minlength=pixels.levels) / images
+    assert ((found - mass).abs() <= 5 * (mass / images).sqrt() + 5 / images).all()
+    expected = (mass * levels).sum() / (pixels.levels - 1)
+    torch.testing.assert_close(pixels.mean(parameters[:1]).flatten(), expected.float().view(1), rtol=0, atol=2e-5)
+
+
+def test_bernoulli_samples_follow_the_mean():
+    parameters = one_pixel(-1.0).expand(20_000, -1, -1, -1)
+    expected = torch.tensor(-1.0).sigmoid()
+    assert abs(Bernoulli().sample(parameters, noise(20_000)).double().mean() - expected) < 4 * 0.5 / 20_000**0.5
+    assert Bernoulli().mean(parameters[:1]).item() == pytest.approx(expected.item())
+
+
+def test_training_starts_at_the_mean_of_the_pixels():
+    mean_levels = torch.tensor([[[0.0, 0.25, 1.0]]])
+    start = Bernoulli().initial_parameters(mean_levels)
+    torch.testing.assert_close(start.sigmoid(), mean_levels.clamp(0.001, 0.999))
+    logistic = DiscretizedLogistic(bits=8).initial_parameters(torch.tensor([[[0.0]], [[127.5]], [[255.0]]]))
+    assert logistic.flatten().tolist() == [-1, 0, 1, -2, -2, -2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({"binarize": "static"}, 2),
+        ({"bits": 1}, 2),
+        ({"pixels": "discretized-logistic", "bits": 5}, 32),
+        ({"pixels": "discretized-logistic"}, 256),
+    ],
+)
+def test_configuration_chooses_the_model(settings, levels):
+    assert make_pixels(LikelihoodConfig(**settings)).levels == levels
+
+
+def test_uniform_mass_is_as_many_bits_as_the_pixels_have():
+    assert bits_per_dim(3072 * math.log(256), 3072) == pytest.approx(8)
+    assert nats_per_bit_per_dim(784) == pytest.approx(543.43, abs=0.005)
+    assert nats_per_bit_per_dim(3072) == pytest.approx(2129.35, abs=0.005)

@@ -1,0 +1,42 @@
+"""The command line: the only place that prints and exits."""
+
+import sys
+
+import typer
+
+from vaejob.cli import data, look, submit, train, use
+from vaejob.errors import VaejobError
+
+app = typer.Typer(
+    name="vaejob",
+    help="Trains likelihood-based variational autoencoders on images in object storage, on a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (
+    train.quickstart,
+    data.pack,
+    data.inspect,
+    data.verify,
+    train.train,
+    submit.submit,
+    train.resume,
+    look.runs,
+    look.show,
+    submit.logs,
+    submit.stop,
+    use.evaluate,
+    use.sample,
+    use.reconstruct,
+):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Runs a verb; an error that a person can mend is one line and a status of its own."""
+    try:
+        app()
+    except VaejobError as error:
+        print(f"vaejob: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)

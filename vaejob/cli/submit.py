@@ -1,0 +1,82 @@
+"""The verbs of jobs on a Ray cluster: submit, logs, stop."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vaejob.cli.terminal import say
+from vaejob.cli.train import STOPPED, Overrides
+
+Address = Annotated[
+    str | None, typer.Option(help="Jobs API of the cluster's head; default RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265.")
+]
+
+
+def submit(
+    config: Annotated[str, typer.Argument(help="A YAML file, its address in a bucket, or a recipe's name.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stream the log; exit with the job's status.")] = False,
+) -> None:
+    """Run the same job on a Ray cluster, as a Ray job. Repeating it continues the run.
+
+    \b
+    Example:
+      vaejob submit mnist-iwae-1 run.bucket=s3://models data.train=s3://images/mnist/train --address http://head:8265 --follow
+    """
+    from vaejob import load_config
+    from vaejob.cluster import jobs
+    from vaejob.run import run_address
+
+    job = load_config(config, *(overrides or []))
+    client = jobs.connect(address)
+    job_id = jobs.submit_job(job, client)
+    run = run_address(job)
+    say(f"submitted {job_id}")
+    say(f"run       {run}")
+    say(f"log       vaejob logs {run}{f' --address {address}' if address else ''}")
+    if follow:
+        raise typer.Exit(jobs.follow_job(job_id, client, write=_write))
+
+
+def logs(
+    run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")],
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends; exit with its status.")] = False,
+) -> None:
+    """The log of a run's newest job.
+
+    \b
+    Example:
+      vaejob logs s3://models/mnist-iwae-1 --follow
+    """
+    from vaejob.cluster import jobs
+    from vaejob.storage import absolute
+
+    client = jobs.connect(address)
+    job_id = jobs.find_job(absolute(run), client).submission_id
+    if follow:
+        raise typer.Exit(jobs.follow_job(job_id, client, write=_write))
+    _write(client.get_job_logs(job_id))
+
+
+def stop(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")], address: Address = None) -> None:
+    """Ask a run's job to save a checkpoint and end; the run can be resumed.
+
+    \b
+    Example:
+      vaejob stop s3://models/mnist-iwae-1
+    """
+    from vaejob.cluster import jobs
+    from vaejob.storage import absolute
+
+    client = jobs.connect(address)
+    status = jobs.stop_job(jobs.find_job(absolute(run), client).submission_id, client)
+    words = {0: "had already ended", STOPPED: "stopped, with a checkpoint"}
+    say(f"{words.get(status, f'ended with status {status}')}; go on with: vaejob resume {run}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,84 @@
+"""How a job's progress and its numbers look in a terminal."""
+
+import json
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vaejob.config import JobConfig
+    from vaejob.metrics import LikelihoodTotals
+    from vaejob.training.worker import Event
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    print(f"vaejob: {text}", file=sys.stderr, flush=True)
+
+
+def say_json(value: object) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def nats(totals: "LikelihoodTotals") -> str:
+    """Negative bound in nats per image, with its standard error."""
+    return f"{totals.mean('negative_bound'):.4f} ± {totals.standard_error('negative_bound'):.4f} nats"
+
+
+def bits(totals: "LikelihoodTotals") -> str:
+    """Negative bound in bits per dimension, with its standard error."""
+    return f"{totals.bits_per_dim:.5f} ± {totals.bits_per_dim_standard_error:.5f} bits/dim"
+
+
+def what_it_is_of(job: "JobConfig", totals: "LikelihoodTotals", *, samples: int, data: str, fingerprint: str) -> str:
+    """The words that make a likelihood comparable, or not."""
+    bound = "-ELBO" if samples == 1 else f"-IWAE bound of {samples} samples"
+    pixels = f"{job.likelihood.pixels} pixels, {job.likelihood.bits} bits"
+    if job.likelihood.pixels == "bernoulli":
+        pixels = f"bernoulli pixels, {job.likelihood.binarize} binarisation"
+    return f"{bound} of {totals.images:,} images, {pixels}, data {data} ({fingerprint[:12]})"
+
+
+class Progress:
+    """Tells the events of a job, one line each."""
+
+    def __init__(self, job: "JobConfig", *, quiet: bool) -> None:
+        self._job, self._quiet = job, quiet
+        self._began = time.monotonic()
+
+    def __call__(self, event: "Event") -> None:
+        match event.kind:
+            case "note":
+                warn(event.body["text"])
+            case "row" if not self._quiet:
+                say(self._row(event.body))
+            case "record" if not self._quiet:
+                say(f"{self._at(event.body['images_seen'])}  checkpoint committed")
+
+    def _row(self, row: dict[str, Any]) -> str:
+        from vaejob.metrics import LikelihoodTotals
+
+        totals = LikelihoodTotals.from_dict(row)
+        at = self._at(row["images_seen"])
+        if row["split"] == "test":
+            return f"{at}  held out {nats(totals)}, {bits(totals)}, {totals.images:,} images"
+        rate = totals.images / row["seconds"]
+        left = (self._job.training.images - row["images_seen"]) / rate
+        return (
+            f"{at}  train {totals.mean('negative_bound'):.2f} nats, {totals.bits_per_dim:.4f} bits/dim, "
+            f"{rate:,.0f} images/s, {_duration(left)} left"
+        )
+
+    def _at(self, images_seen: int) -> str:
+        total = f"{self._job.training.images:,}"
+        return f"{_duration(time.monotonic() - self._began):>7}  {images_seen:>{len(total)},} of {total} images"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -1,0 +1,160 @@
+"""The verbs that run a job: train, resume, and the quickstart."""
+
+import os
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vaejob.cli.terminal import Progress, bits, nats, say, say_json, warn, what_it_is_of
+
+if TYPE_CHECKING:
+    from vaejob.config import JobConfig
+
+STOPPED = 85
+"""Exit status of a job that was asked to stop and left a checkpoint: run the same command again to go on."""
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the result.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object; progress goes nowhere.")]
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, its address in a bucket, or a recipe's name.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a job here: on the Ray cluster of RAY_ADDRESS, else on this machine. Repeating it continues the run.
+
+    \b
+    Example:
+      vaejob train mnist-iwae-1 run.bucket=s3://models data.train=s3://images/mnist/train cluster.workers=2
+    """
+    from vaejob import load_config
+
+    run_job(load_config(config, *(overrides or [])), quiet=quiet or as_json, as_json=as_json)
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a run from nothing but its address; its configuration is read from there.
+
+    \b
+    Example:
+      vaejob resume s3://models/mnist-iwae-1 cluster.workers=4
+    """
+    from vaejob import load_config
+    from vaejob.storage import absolute, join, split_address
+
+    bucket, name = split_address(absolute(run))
+    address = join(bucket, name, "job.yaml")
+    here = [f"run.bucket={bucket}", f"run.name={name}"]  # a copied run goes on where it lies now
+    run_job(load_config(address, *here, *(overrides or [])), quiet=quiet or as_json, as_json=as_json)
+
+
+def quickstart(
+    bucket: Annotated[str, typer.Option(help="Where the images and the run are kept.")] = "vaejob-quickstart",
+    workers: Annotated[int, typer.Option(help="DDP workers; 0: no Ray.")] = 2,
+) -> None:
+    """Pack scikit-learn's real digits, train a small VAE with 2 workers, evaluate it, and draw samples.
+
+    \b
+    Example:
+      vaejob quickstart --bucket ./vaejob-quickstart
+    """
+    from vaejob import load_config
+    from vaejob.data.pack import pack
+    from vaejob.data.sources import ArraySource
+    from vaejob.storage import absolute, join
+
+    bucket = absolute(bucket)
+    digits = join(bucket, "digits")
+    images, keys = _digits()
+    manifests = pack(ArraySource("scikit-learn's digits, 8x8", images, keys), digits, split="train=0.8,test=0.2")
+    packed = ", ".join(f"{manifest.images:,} {split}" for split, manifest in manifests.items())
+    say(f"packed {packed} images of handwritten digits into {digits}")
+    settings = [f"run.bucket={bucket}", f"data.train={digits}/train", f"data.test={digits}/test"]
+    run_job(load_config("quickstart", *settings, f"cluster.workers={workers}"), quiet=False, as_json=False)
+
+
+def _digits():  # type: ignore[no-untyped-def]
+    """1,797 handwritten digits of 8x8 pixels, their 17 grey levels stretched to 0..255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype("uint8")[:, None]
+    return images, [f"digit-{index:04d}-{label}" for index, label in enumerate(digits.target)]
+
+
+def run_job(job: "JobConfig", *, quiet: bool, as_json: bool) -> None:
+    """Trains with progress in the terminal; ctrl-C or SIGTERM saves a checkpoint first, a second ctrl-C ends at once."""
+    import vaejob
+
+    stop = StopFlag()
+    address = vaejob.train(job, on_event=Progress(job, quiet=quiet), should_stop=stop)
+    finish(address, job, stopped=bool(stop()), as_json=as_json)
+
+
+def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> None:
+    """Says what came of the run, draws its pictures if it is done, and exits with its status."""
+    from vaejob.metrics import LikelihoodTotals
+    from vaejob.pictures.run_pictures import write_run_pictures
+    from vaejob.storage import open_bucket
+    from vaejob.storage.runs import newest_record
+
+    record, _ = newest_record(open_bucket(address))
+    if record is None or record.images_seen < job.training.images:
+        seen = record.images_seen if record else 0
+        warn(f"stopped at {seen:,} of {job.training.images:,} images; go on with: vaejob resume {address}")
+        raise typer.Exit(STOPPED if stopped else 3)
+    pictures = write_run_pictures(address)
+    totals = LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
+    if as_json:
+        result = {"run": address, "images_seen": record.images_seen, "pictures": pictures, "held_out": record.held_out}
+        if totals:
+            result |= {
+                "negative_bound_nats": totals.mean("negative_bound"),
+                "negative_bound_nats_standard_error": totals.standard_error("negative_bound"),
+                "bits_per_dim": totals.bits_per_dim,
+                "bits_per_dim_standard_error": totals.bits_per_dim_standard_error,
+            }
+        say_json(result)
+        return
+    say()
+    say(f"run       {address}")
+    if totals:
+        assert job.data.test is not None
+        of = what_it_is_of(
+            job,
+            totals,
+            samples=job.training.evaluate_samples,
+            data=job.data.test,
+            fingerprint=record.test_fingerprint or "",
+        )
+        say(f"held out  {bits(totals)}, {nats(totals)}")
+        say(f"          {of}")
+    say(f"pictures  {pictures['samples-beside-reconstructions']}")
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGUSR1 or ctrl-C."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            os._exit(130)
+        self._asked = True
+        warn("saving a checkpoint, then stopping; ctrl-C again ends at once")

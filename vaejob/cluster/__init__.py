@@ -1,0 +1,1 @@
+"""The only code that imports ray: worker, driver, jobs, evaluation."""

@@ -1,0 +1,86 @@
+"""Carries a job to a Ray cluster by the Jobs API, with this version of the code, and finds it again by its run."""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+import vaejob
+from vaejob.config import JobConfig
+from vaejob.errors import ClusterError, RunError
+from vaejob.run import run_address
+from vaejob.storage.runs import new_attempt
+
+STOP_SECONDS = 120
+"""How long a job that was asked to stop may take to save a checkpoint before Ray kills it."""
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """The Jobs API of a cluster's head, http://HOST:8265. Raises ClusterError if none answers there."""
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster takes jobs at {address}: {str(error).strip().splitlines()[0]}") from error
+
+
+def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
+    """Starts the job's driver on the cluster; the id of the Ray job.
+
+    The package itself travels along, so that driver and workers run this very version; what it needs (torch, ray, ...)
+    is the cluster's. The Ray job is named after the run, which stays the same over attempts.
+    """
+    elsewhere = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": None})})
+    with tempfile.TemporaryDirectory(prefix="vaejob-submit-") as folder:
+        package = Path(vaejob.__file__).parent
+        shutil.copytree(package, Path(folder) / "vaejob", ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / "job.yaml").write_text(elsewhere.to_yaml())
+        try:
+            return client.submit_job(
+                entrypoint="python -m vaejob train job.yaml",
+                submission_id=f"{job.run.name}-{new_attempt()}",
+                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
+                metadata={"vaejob_run": run_address(job)},
+            )
+        except RuntimeError as error:
+            raise ClusterError(f"the cluster refused the job: {str(error).strip().splitlines()[0]}") from error
+
+
+def find_job(run: str, client: JobSubmissionClient) -> JobDetails:
+    """The newest Ray job of a run. Raises RunError if the cluster has none."""
+    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("vaejob_run") == run.rstrip("/")]
+    if not jobs:
+        raise RunError(f"no job of {run} was submitted to this cluster")
+    return max(jobs, key=lambda job: job.start_time or 0)
+
+
+def follow_job(job_id: str, client: JobSubmissionClient, *, write: Callable[[str], None]) -> int:
+    """Passes on the job's log until it ends; the exit status of its driver."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job_id):
+            write(text)
+
+    asyncio.run(tail())
+    return wait_for_end(job_id, client)
+
+
+def stop_job(job_id: str, client: JobSubmissionClient) -> int:
+    """Asks the job to save a checkpoint and end, and waits for it; the exit status of its driver."""
+    client.stop_job(job_id)
+    return wait_for_end(job_id, client)
+
+
+def wait_for_end(job_id: str, client: JobSubmissionClient) -> int:
+    while (status := client.get_job_status(job_id)) not in ENDED:
+        time.sleep(0.5)
+    code = client.get_job_info(job_id).driver_exit_code
+    if code is not None:
+        return int(code)
+    return 0 if status == JobStatus.SUCCEEDED else 3

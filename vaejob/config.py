@@ -1,0 +1,266 @@
+"""Every setting of a job, on one page: frozen sections, each key with its default, its unit and one sentence.
+
+Nothing counts optimisation steps: progress is images seen, so a changed number of workers changes no schedule.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vaejob.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+class RunConfig(Section):
+    """What the run is called and where it is kept."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the run: letters, digits, dot, dash, underscore; the run is kept under it in the bucket."""
+    bucket: str = Field(min_length=1)
+    """Where runs are kept: a folder, or s3://bucket/prefix, gs://..., az://..."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Decides the initial weights, the order of the images and all noise."""
+
+
+class DataConfig(Section):
+    """Which images, and in which order they are seen."""
+
+    train: str = Field(min_length=1)
+    """Address of the training shards: the folder that holds their manifest.json, local or in a bucket."""
+    test: str | None = None
+    """Address of the held-out shards; without it nothing is evaluated."""
+    global_batch: int = Field(default=256, ge=1)
+    """Images per optimisation step over all workers; the last batch of an epoch may be smaller."""
+    lanes: int = Field(default=32, ge=1, le=65536)
+    """Stretches of the epoch read side by side; at least the number of workers, so that each reads its own."""
+    window_rows: int = Field(default=1024, ge=1, le=2**20)
+    """Images within a lane are displaced by less than this many rows; memory and mixing grow with it."""
+    prefetch_batches: int = Field(default=4, ge=1, le=256)
+    """Batches each worker fetches and decodes ahead of the step."""
+
+
+class ModelConfig(Section):
+    """The encoder and the decoder."""
+
+    family: Literal["mlp", "conv"] = "mlp"
+    """mlp: dense layers (Burda et al., 2016). conv: residual convolutions that halve the picture at each level."""
+    latent: int = Field(default=50, ge=1)
+    """Dimensions of the code z of one image."""
+    hidden: list[int] = Field(default=[200, 200], min_length=1)
+    """mlp: units of each hidden layer of the encoder; the decoder mirrors them."""
+    activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    """mlp: the non-linearity between dense layers."""
+    channels: list[int] = Field(default=[32, 64], min_length=1)
+    """conv: channels of each level of the encoder; the decoder mirrors them."""
+    blocks: int = Field(default=1, ge=1)
+    """conv: residual blocks at each level."""
+
+
+class LikelihoodConfig(Section):
+    """What a pixel is, and how probable the decoder finds it."""
+
+    pixels: Literal["bernoulli", "discretized-logistic"] = "discretized-logistic"
+    """Observation model p(x | z): bernoulli needs binary pixels; discretized-logistic gives mass to grey levels."""
+    bits: int = Field(default=8, ge=1, le=8)
+    """Grey levels per channel are 2^bits; lower bits drop the lowest digits of each 8-bit value."""
+    binarize: Literal["none", "threshold", "static", "dynamic"] = "none"
+    """bernoulli: threshold at half; static: drawn once per image; dynamic: drawn anew each time an image is trained on."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.pixels == "bernoulli" and self.binarize == "none" and self.bits != 1:
+            raise ValueError(
+                "likelihood.binarize is none with bernoulli pixels; a grey level has no Bernoulli likelihood: "
+                "choose binarize=threshold, static or dynamic, or pixels=discretized-logistic"
+            )
+        if self.pixels != "bernoulli" and self.binarize != "none":
+            raise ValueError(f"likelihood.binarize is {self.binarize} with {self.pixels} pixels; it must be none")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """What is minimised; the bound itself (beta = 1) is always reported apart."""
+
+    bound: Literal["elbo"] = "elbo"
+    """The bound on log p(x) that is trained."""
+    kl_warmup_images: int = Field(default=0, ge=0)
+    """The rate's weight grows from 0 to 1 over this many images; 0 for no warm-up."""
+    free_bits_nats: float = Field(default=0.0, ge=0)
+    """Nats per image of each stochastic layer's rate that the objective does not press down."""
+
+
+class OptimizerConfig(Section):
+    """How the weights move."""
+
+    name: Literal["adam", "adamw", "adamax"] = "adam"
+    """Optimiser of torch.optim."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate after warm-up; never multiplied by the number of workers."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: falls to zero at training.images."""
+    warmup_images: int = Field(default=0, ge=0)
+    """The learning rate grows linearly over this many images."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of the optimiser."""
+    clip: float = Field(default=0.0, ge=0)
+    """Largest norm of the gradient; 0 for no clipping."""
+
+
+class TrainingConfig(Section):
+    """How long, and how often something is said."""
+
+    images: int = Field(ge=1)
+    """Images to see in all, over all epochs."""
+    report_every_images: int = Field(default=50_000, ge=1)
+    """Images between two rows of training metrics."""
+    evaluate_every_images: int = Field(default=0, ge=0)
+    """Images between two held-out evaluations; 0: only at the end."""
+    evaluate_samples: int = Field(default=1, ge=1)
+    """Codes drawn per held-out image: 1 gives the ELBO, more the tighter IWAE bound."""
+
+
+class CheckpointConfig(Section):
+    """When the state is saved, and what is kept."""
+
+    every_images: int = Field(default=0, ge=0)
+    """Images between two checkpoints; 0: only at the end."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints with the best held-out bound that are kept besides."""
+
+
+class ClusterConfig(Section):
+    """Where the workers run."""
+
+    workers: int = Field(default=1, ge=0)
+    """Workers of the job, one DDP rank each; 0: in this process, without Ray."""
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    """GPUs of each worker: 1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPU cores of each worker."""
+    max_failures: int = Field(default=10, ge=0)
+    """Restarts of the workers after a failure before the job gives up."""
+    wait_seconds: float = Field(default=60.0, ge=0)
+    """How long to wait for the cluster to have room for the workers before giving up."""
+    address: str | None = None
+    """Ray cluster to join; else RAY_ADDRESS, else a cluster is started on this machine for the run."""
+
+
+class JobConfig(Section):
+    """One job: the whole of what decides a run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings that decide the result; equal for runs that may continue one another."""
+        decisive = dict(_decisive_settings(self))
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+# Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
+_FREE = ("run.name", "run.bucket", "data.train", "data.test", "data.prefetch_batches", "training.report_every_images",
+         "training.evaluate_every_images", "training.evaluate_samples", "checkpoint.", "cluster.")  # fmt: skip
+
+
+def parse_config(text: str, overrides: Iterable[str] = (), *, source: str = "the configuration") -> JobConfig:
+    """The job that a YAML text describes, with KEY=VALUE settings laid over it.
+
+    Raises ConfigError, in one line, for the first setting that is unknown or wrong.
+    """
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{source} holds no settings; it must be YAML with sections such as run, data, training")
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return JobConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+
+def changed_results(old: JobConfig, new: JobConfig) -> list[str]:
+    """Settings that differ and would change the result, as 'key: old -> new'."""
+    before, after = dict(_decisive_settings(old)), dict(_decisive_settings(new))
+    changes = [f"{key}: {before[key]} -> {after[key]}" for key in before if key in after and before[key] != after[key]]
+    return changes + [f"{key}: only in one of them" for key in before.keys() ^ after.keys()]
+
+
+def _decisive_settings(job: JobConfig) -> Iterator[tuple[str, Any]]:
+    for section, values in job.model_dump().items():
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            # The run may be made longer, unless the learning rate is laid out over its length.
+            runs_longer = name == "training.images" and job.optimizer.schedule == "constant"
+            if not name.startswith(_FREE) and not runs_longer:
+                yield name, value
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"{override!r} is not a setting; it must read section.key=value, such as training.images=600000")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
+        parsed = float(parsed)  # YAML reads 1e-3 as text; people mean the number
+    chosen = settings.setdefault(section, {})
+    if not isinstance(chosen, dict):
+        raise ConfigError(f"{section} is {chosen!r}; it must be a section of settings")
+    chosen[name] = parsed
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{name} is not a setting{_nearest(path)}"
+        case "missing":
+            return f"{name} is missing; it must be set"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            message = problem["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
+            return f"{name} is {problem['input']!r}; it must be {message[0].lower() + message[1:]}"
+
+
+def _nearest(path: list[str]) -> str:
+    sections: Mapping[str, Any] = JobConfig.model_fields
+    names = [f"{section}.{key}" for section in sections for key in sections[section].annotation.model_fields]
+    if len(path) == 1:
+        near = difflib.get_close_matches(path[0], sections, n=1, cutoff=0.5)
+    else:
+        same_key = [name for name in names if name.split(".")[1] == path[-1]]
+        near = difflib.get_close_matches(".".join(path), names, n=1, cutoff=0.6) or same_key[:1]
+    return f"; did you mean {near[0]}?" if near else f"; the sections are {', '.join(sections)}"

@@ -1,0 +1,1 @@
+"""From bytes to batches: manifest, shards, order, reader, decode, batches."""

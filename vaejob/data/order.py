@@ -1,0 +1,191 @@
+"""Which samples each rank sees, as a pure function of how many images were seen.
+
+An epoch lays the data set's N rows out anew: row groups are permuted by a hash and laid end to end; that sequence is cut
+into L lanes whose lengths differ by at most one; position p of the epoch is lane p mod L, offset p div L; inside a lane a
+hash displaces each row by less than R rows. A global batch is the next B positions; sorted lane by lane and cut into W
+near-equal parts it gives each rank its own lanes. Nothing is stored, drawn from a stream, or shared between processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """The splitmix64 finaliser (Steele, Lea & Flood, 2014): a bijection of 64-bit integers; uint64 in, uint64 out."""
+    z = values.astype(np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def hash_of(*parts: int) -> int:
+    """One 64-bit hash of a few integers, in their order."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        state = mix(state + np.uint64((part * _GOLDEN + 1) & _MASK))
+    return int(state[0])
+
+
+def _hashes(key: int, indices: np.ndarray) -> np.ndarray:
+    return mix(indices.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+
+
+def ids_digest(ids: np.ndarray, *, epoch: int) -> int:
+    """A 64-bit sum over samples that tells which were seen, in whatever parts: digests add up modulo 2^64."""
+    return int(_hashes(hash_of(epoch), ids).sum(dtype=np.uint64))
+
+
+class GlobalBatch(NamedTuple):
+    """One optimisation step's stretch of an epoch."""
+
+    epoch: int
+    start: int
+    """First position of the epoch; the batch is positions [start, stop)."""
+    stop: int
+
+    @property
+    def images(self) -> int:
+        return self.stop - self.start
+
+
+def global_batches(*, num_images: int, global_batch: int, images_seen: int, until: int) -> Iterator[GlobalBatch]:
+    """The batches from images_seen on: the last of an epoch may be smaller, and the last of all ends at `until`."""
+    while images_seen < until:
+        epoch, start = divmod(images_seen, num_images)
+        stop = min(start + global_batch, num_images, start + until - images_seen)
+        yield GlobalBatch(epoch, start, stop)
+        images_seen += stop - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The lanes of any epoch: arithmetic on (rows, lanes) alone."""
+
+    num_images: int
+    lanes: int
+
+    @classmethod
+    def of(cls, *, num_images: int, lanes: int) -> Self:
+        return cls(num_images=num_images, lanes=min(lanes, num_images))
+
+    def lane_start(self, lane: int) -> int:
+        """First row of the lane in the epoch's sequence."""
+        short, longer = divmod(self.num_images, self.lanes)
+        return lane * short + min(lane, longer)
+
+    def lane_rows(self, lane: int) -> int:
+        return self.lane_start(lane + 1) - self.lane_start(lane)
+
+    def offsets(self, lane: int, start: int, stop: int) -> tuple[int, int]:
+        """The lane's offsets [low, high) that positions [start, stop) fall on."""
+        return -((lane - start) // self.lanes), -((lane - stop) // self.lanes)
+
+    def rank_stretches(self, batch: GlobalBatch, *, rank: int, world_size: int) -> list[tuple[int, int, int]]:
+        """The rank's part of a batch as (lane, first offset, end offset), lane by lane.
+
+        Parts of all ranks, one after another, are the batch; their sizes differ by at most one.
+        """
+        first, end = batch.images * rank // world_size, batch.images * (rank + 1) // world_size
+        stretches, before = [], 0
+        for lane in range(self.lanes):
+            low, high = self.offsets(lane, batch.start, batch.stop)
+            cut_low, cut_high = max(first - before, 0), min(end - before, high - low)
+            if cut_low < cut_high:
+                stretches.append((lane, low + cut_low, low + cut_high))
+            before += high - low
+        return stretches
+
+
+class EpochOrder:
+    """The order of one epoch, of which any stretch of any lane can be computed by itself."""
+
+    def __init__(self, *, row_group_rows: np.ndarray, layout: Layout, window_rows: int, seed: int, epoch: int) -> None:
+        self.layout = layout
+        self.window_rows = window_rows
+        self._key = hash_of(seed, epoch)
+        group_keys = _hashes(hash_of(self._key, 0), np.arange(len(row_group_rows)))
+        self._groups = np.argsort(group_keys, kind="stable")  # laid end to end in this order
+        self._laid_start = np.concatenate([[0], np.cumsum(row_group_rows[self._groups])])
+        self._first_row = (np.cumsum(row_group_rows) - row_group_rows)[self._groups]
+
+    def lane_offsets(self, lane: int, start: int, stop: int) -> np.ndarray:
+        """Rows of the undisplaced lane, in displaced order, at offsets [start, stop); shape [stop - start], int64.
+
+        Row i has the key i + h(i) R / 2^32; the row of rank r has its key in [r, r + R), so only rows less than R away
+        can be there, and no row before those can come after it.
+        """
+        window = self.window_rows
+        low, high = max(0, start - window + 1), min(self.layout.lane_rows(lane), stop + window - 1)
+        rows = np.arange(low, high, dtype=np.int64)
+        hashes = (_hashes(hash_of(self._key, 1, lane), rows) >> np.uint64(32)).astype(np.int64)
+        by_key = np.argsort((rows << 32) + hashes * window, kind="stable")
+        return rows[by_key[start - low : stop - low]]
+
+    def rows(self, lane: int, start: int, stop: int) -> np.ndarray:
+        """Sample ids (rows of the data set) at the lane's offsets [start, stop); shape [stop - start], int64."""
+        laid = self.layout.lane_start(lane) + self.lane_offsets(lane, start, stop)
+        place = np.searchsorted(self._laid_start, laid, side="right") - 1
+        return self._first_row[place] + laid - self._laid_start[place]
+
+
+class RankPlan:
+    """The sample ids of one rank's batches from images_seen on, computed a stretch of each lane at a time."""
+
+    def __init__(
+        self,
+        *,
+        row_group_rows: np.ndarray,
+        global_batch: int,
+        lanes: int,
+        window_rows: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._row_group_rows = row_group_rows
+        self._num_images = int(row_group_rows.sum())
+        self._global_batch = global_batch
+        self._layout = Layout.of(num_images=self._num_images, lanes=lanes)
+        self._window_rows = window_rows
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+
+    def batches(self, *, images_seen: int, until: int) -> Iterator[tuple[GlobalBatch, np.ndarray]]:
+        """Each global batch with the rank's sample ids of it, which may be none; ends once `until` images are seen."""
+        order, epoch, ahead = None, -1, dict[int, tuple[int, np.ndarray]]()
+        for batch in global_batches(
+            num_images=self._num_images, global_batch=self._global_batch, images_seen=images_seen, until=until
+        ):
+            if order is None or batch.epoch != epoch:
+                order, epoch, ahead = self.epoch_order(batch.epoch), batch.epoch, {}
+            parts = [
+                self._stretch(order, ahead, *stretch)
+                for stretch in self._layout.rank_stretches(batch, rank=self._rank, world_size=self._world_size)
+            ]
+            yield batch, np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def epoch_order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            row_group_rows=self._row_group_rows,
+            layout=self._layout,
+            window_rows=self._window_rows,
+            seed=self._seed,
+            epoch=epoch,
+        )
+
+    def _stretch(
+        self, order: EpochOrder, ahead: dict[int, tuple[int, np.ndarray]], lane: int, start: int, stop: int
+    ) -> np.ndarray:
+        """The lane's rows at [start, stop), from a stretch four windows long that is computed when it runs out."""
+        first, rows = ahead.get(lane, (start, np.empty(0, dtype=np.int64)))
+        if not first <= start <= stop <= first + len(rows):
+            end = min(max(stop, start + 4 * self._window_rows), self._layout.lane_rows(lane))
+            first, rows = start, order.rows(lane, start, end)
+            ahead[lane] = first, rows
+        return rows[start - first : stop - first]

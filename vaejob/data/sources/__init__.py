@@ -1,0 +1,90 @@
+"""Where images come from: folder trees, zip and tar files, Parquet, arrays; all behind one ImageSource."""
+
+import re
+from collections.abc import Callable
+
+from vaejob.data.decode import IMAGE_SUFFIXES
+from vaejob.data.sources.archives import open_tar, open_zip
+from vaejob.data.sources.arrays import ArraySource, open_cifar, open_idx, open_npz
+from vaejob.data.sources.files import files_in, is_file
+from vaejob.data.sources.folder import FolderSource, JoinedSource
+from vaejob.data.sources.parquet import open_parquet
+from vaejob.data.sources.source import ImageSource, Sample
+from vaejob.errors import DataError
+from vaejob.storage import join
+
+__all__ = ["ArraySource", "FolderSource", "ImageSource", "JoinedSource", "Sample", "open_source"]
+
+_KINDS = {
+    "images": "|".join(re.escape(suffix) + "$" for suffix in IMAGE_SUFFIXES),
+    "zip files": r"\.zip$",
+    "tar files": r"\.(tar|tar\.gz|tgz)$",
+    "Parquet files": r"\.parquet$",
+    "npz files": r"\.npz$",
+    "CIFAR records": r"(^|/)(data_batch_\d|test_batch|train|test)\.bin$",
+    "idx files": r"(^|/)(?!.*labels)[^/]*(ubyte|\.idx\d?)(\.gz)?$",
+}
+_HELD_OUT = re.compile(r"(test|t10k|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
+
+
+def open_source(address: str, *, column: str | None = None) -> ImageSource:
+    """The images at an address: a file, a folder, or a pattern of files in a folder.
+
+    Raises DataError for what is missing, damaged or ambiguous.
+    """
+    if is_file(address):
+        return _open_file(address, column=column)
+    folder, names = files_in(address)
+    by_kind = {kind: [name for name in names if _kind(name) == kind] for kind in _KINDS}
+    found = {kind: chosen for kind, chosen in by_kind.items() if chosen}
+    if not found:
+        what = f"holds no images among its {len(names)} files" if names else "does not exist or is empty"
+        raise DataError(
+            f"{address} {what}; a source is a folder, zip or tar of images, Parquet, npz, idx or CIFAR records"
+        )
+    if len(found) > 1:
+        counts = " and ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
+        raise DataError(f"{address} holds {counts}; name one kind, such as {join(folder, '*' + _suffix(found))}")
+    kind, chosen = found.popitem()
+    _refuse_mixed_splits(folder, chosen)
+    if kind == "images":
+        others = f", {len(names) - len(chosen)} other files left out" if len(names) > len(chosen) else ""
+        return FolderSource(folder, chosen, f"folder {address}: {len(chosen)} images{others}")
+    parts = {name: _open_file(join(folder, name), column=column) for name in chosen}
+    return JoinedSource(f"{len(parts)} {kind} in {address}", parts)
+
+
+def _open_file(address: str, *, column: str | None) -> ImageSource:
+    openers: dict[str, Callable[[], ImageSource]] = {
+        "zip files": lambda: open_zip(address),
+        "tar files": lambda: open_tar(address, member=column),
+        "Parquet files": lambda: open_parquet(address, column=column),
+        "npz files": lambda: open_npz(address, column=column),
+        "CIFAR records": lambda: open_cifar(address),
+        "idx files": lambda: open_idx(address),
+    }
+    kind = _kind(address)
+    if kind not in openers:
+        raise DataError(
+            f"{address} is no zip, tar, Parquet, npz, idx images or CIFAR .bin file; name one, or a folder of images"
+        )
+    return openers[kind]()
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def _suffix(found: dict[str, list[str]]) -> str:
+    return "." + next(iter(found.values()))[0].rpartition(".")[2]
+
+
+def _refuse_mixed_splits(folder: str, names: list[str]) -> None:
+    """Held-out images must not slip into the training set because both lie in one folder."""
+    tops = sorted({name.split("/")[0] for name in names})
+    held_out = [top for top in tops if _HELD_OUT.match(top)]
+    rest = [top for top in tops if top not in held_out]
+    if held_out and rest:
+        raise DataError(
+            f"{folder} holds training and held-out images ({rest[0]}, {held_out[0]}); pack {join(folder, rest[0])} apart"
+        )

@@ -1,0 +1,1 @@
+"""Pixels --parameters--> nats per image: the observation models (pixels), the bounds on log p(x) (bounds), units."""

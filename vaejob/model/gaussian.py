@@ -1,0 +1,48 @@
+"""Diagonal Gaussians over the code of each image. Shapes: B images."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Gaussian(NamedTuple):
+    """Independent normals, one per dimension of the code; never narrower than float32, whatever the network computes in."""
+
+    mean: Float[Tensor, " B *latent"]
+    log_std: Float[Tensor, " B *latent"]
+
+    def sample(self, eps: Float[Tensor, " B *latent"]) -> Float[Tensor, " B *latent"]:
+        return self.mean + self.log_std.exp() * eps
+
+    def log_prob(self, z: Float[Tensor, " B *latent"]) -> Float[Tensor, " B"]:
+        """Nats, summed over the code."""
+        eps = (z - self.mean) * (-self.log_std).exp()
+        return -(0.5 * eps.square() + self.log_std + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def repeat(self, times: int) -> "Gaussian":
+        """The whole batch, times over: the second copy follows the first."""
+        if times == 1:
+            return self
+        sizes = (times,) + (1,) * (self.mean.ndim - 1)
+        return Gaussian(self.mean.repeat(sizes), self.log_std.repeat(sizes))
+
+
+def gaussian(mean: Float[Tensor, " B *latent"], log_std: Float[Tensor, " B *latent"]) -> Gaussian:
+    """A Gaussian of what a network put out, widened to float32 where autocast left bfloat16."""
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    return Gaussian(mean.to(wide), log_std.to(wide))
+
+
+def standard_normal(like: Float[Tensor, " B *latent"]) -> Gaussian:
+    return Gaussian(torch.zeros_like(like), torch.zeros_like(like))
+
+
+def kl(q: Gaussian, p: Gaussian) -> Float[Tensor, " B"]:
+    """KL(q || p) in nats, summed over the code."""
+    # log(sp / sq) + (sq^2 + (mq - mp)^2) / (2 sp^2) - 1/2, with d = log(sq / sp)
+    d = q.log_std - p.log_std
+    shift = (q.mean - p.mean) * (-p.log_std).exp()
+    return (0.5 * (torch.expm1(2 * d) + shift.square()) - d).flatten(1).sum(1)

@@ -1,0 +1,56 @@
+"""Dense encoder and decoder after Burda, Grosse and Salakhutdinov (arXiv 1509.00519), with one stochastic layer."""
+
+import itertools
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vaejob.config import ModelConfig
+from vaejob.errors import ConfigError
+from vaejob.model.gaussian import Gaussian, gaussian
+from vaejob.model.vae import VAE
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class DenseVAE(VAE):
+    """Encoder C*H*W-hidden-latent with the log of the standard deviation; the decoder runs the other way."""
+
+    def __init__(self, config: ModelConfig, *, shape: tuple[int, int, int], parameters_per_channel: int) -> None:
+        super().__init__()
+        if min(config.hidden) < 1:
+            raise ConfigError(f"model.hidden is {config.hidden}; every layer must have at least 1 unit")
+        channels, *size = shape
+        self.latent_shape = (config.latent,)
+        self.output_shape = (parameters_per_channel * channels, *size)
+        activation = _ACTIVATIONS[config.activation]
+        self.encoder = _dense([math.prod(shape), *config.hidden], activation)
+        self.posterior = nn.Linear(config.hidden[-1], 2 * config.latent)
+        self.decoder = _dense([config.latent, *config.hidden[::-1]], activation)
+        self.output = nn.Linear(config.hidden[0], math.prod(self.output_shape))
+        self.apply(_glorot)
+
+    def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
+        mean, log_std = self.posterior(self.encoder(inputs.flatten(1))).chunk(2, dim=1)
+        return gaussian(mean, log_std)
+
+    def decode(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B P H W"]:
+        parameters: Tensor = self.output(self.decoder(z))
+        return parameters.view(len(z), *self.output_shape)
+
+    @torch.no_grad()
+    def set_output_bias(self, parameters: Float[Tensor, "P H W"]) -> None:
+        self.output.bias.copy_(parameters.flatten())
+
+
+def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+    pairs = itertools.pairwise(sizes)
+    return nn.Sequential(*itertools.chain.from_iterable((nn.Linear(m, n), activation()) for m, n in pairs))
+
+
+def _glorot(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

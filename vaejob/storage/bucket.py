@@ -1,0 +1,42 @@
+"""Where bytes live: named blobs behind a few verbs, the same for a folder, memory and an object store."""
+
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Bucket(Protocol):
+    """Named blobs below one address. A write is all or nothing: readers never see half a blob.
+
+    Keys are relative, with '/' between their parts. Every verb raises BucketError, naming the address, when the store
+    does not exist, refuses, or has not answered within its deadline.
+    """
+
+    url: str
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """The blob, or its bytes [start, stop); ObjectMissing if there is none, BucketError if it is shorter."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Puts the blob, replacing what the key held."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Puts the blob only if the key holds none; False, and nothing written, if it does."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the blob; None if there is none."""
+        ...
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Every key that starts with the prefix, sorted."""
+        ...
+
+    def folders(self, prefix: str = "") -> list[str]:
+        """Names one level below the folder `prefix` that hold keys, sorted; prefix is empty or ends with '/'."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Removes the blob; a key that holds none is no error."""
+        ...

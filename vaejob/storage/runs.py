@@ -1,0 +1,208 @@
+"""What a run looks like in its bucket: job.yaml, states, records, metrics. A checkpoint exists once its record does."""
+
+import hashlib
+import io
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vaejob.config import JobConfig, parse_config
+from vaejob.errors import CheckpointError, ObjectMissing, RunError
+from vaejob.storage.bucket import Bucket
+
+JOB_KEY = "job.yaml"
+
+Row = dict[str, Any]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StateFile(_Part):
+    """One file of a state, as it was when it was written."""
+
+    key: str
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class Record(_Part):
+    """One checkpoint: everything needed to go on from it, and to believe its numbers."""
+
+    format: Literal[1] = 1
+    images_seen: int = Field(ge=0)
+    attempt: str
+    world_size: int = Field(ge=1)
+    written_at: str
+    shape: tuple[int, int, int]
+    """Channels, height and width of the images."""
+    job_fingerprint: str
+    train_fingerprint: str
+    test_fingerprint: str | None
+    held_out: dict[str, float] | None
+    """Sums of the held-out pass at images_seen, if there was one."""
+    files: tuple[StateFile, ...] = Field(min_length=1)
+    versions: dict[str, str]
+
+
+def new_attempt() -> str:
+    """Name of one start of a job; later ones sort behind earlier ones."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
+
+
+def state_key(images_seen: int, *, attempt: str, rank: int, world_size: int) -> str:
+    return f"states/{images_seen:012d}/{attempt}-{rank}of{world_size}.safetensors"
+
+
+def record_key(images_seen: int) -> str:
+    return f"records/{images_seen:012d}.json"
+
+
+def read_job(run: Bucket) -> JobConfig:
+    """The configuration the run was started with. Raises RunError where no run is."""
+    try:
+        text = run.read(JOB_KEY).decode()
+    except ObjectMissing:
+        raise RunError(f"{run.url} is no run: no {JOB_KEY} is there; list runs with: vaejob runs BUCKET") from None
+    return parse_config(text, source=f"{run.url}/{JOB_KEY}")
+
+
+def write_state_file(run: Bucket, key: str, data: bytes) -> StateFile:
+    """Puts one file of a state and proves that the store has all of it. Raises BucketError or CheckpointError."""
+    run.write(key, data)
+    if (size := run.size(key)) != len(data):
+        raise CheckpointError(f"{run.url}/{key} holds {size} bytes after {len(data)} were written")
+    return StateFile(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_state_file(run: Bucket, file: StateFile) -> bytes:
+    """The file, checked. Raises CheckpointError if it is gone or differs from what the record says."""
+    try:
+        data = run.read(file.key)
+    except ObjectMissing:
+        raise CheckpointError(f"{run.url}/{file.key} is gone; its record still names it") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != file.sha256:
+        raise CheckpointError(f"{run.url}/{file.key}: sha256 is {found[:12]}, its record says {file.sha256[:12]}")
+    return data
+
+
+def write_record(run: Bucket, record: Record) -> None:
+    run.write(record_key(record.images_seen), record.model_dump_json(indent=1).encode())
+
+
+def read_record(run: Bucket, images_seen: int) -> Record:
+    """Raises RunError if there is no such record, CheckpointError if it is damaged."""
+    key = record_key(images_seen)
+    try:
+        return Record.model_validate_json(run.read(key))
+    except ObjectMissing:
+        known = ", ".join(str(images) for images in recorded_images(run)) or "none"
+        raise RunError(f"{run.url} has no checkpoint at {images_seen} images; it has: {known}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{run.url}/{key} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def recorded_images(run: Bucket) -> list[int]:
+    """images_seen of every record, oldest first."""
+    names = (key.removeprefix("records/").removesuffix(".json") for key in run.keys("records/"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest_record(run: Bucket) -> tuple[Record | None, list[str]]:
+    """The newest record whose files are all there in full, and a line for each newer one that was passed over."""
+    damage = []
+    for images_seen in reversed(recorded_images(run)):
+        try:
+            record = read_record(run, images_seen)
+            for file in record.files:
+                if (size := run.size(file.key)) != file.size:
+                    raise CheckpointError(f"{run.url}/{file.key}: {size} bytes, its record says {file.size}")
+            return record, damage
+        except CheckpointError as error:
+            damage.append(str(error))
+    return None, damage
+
+
+def choose_record(run: Bucket, which: str = "latest") -> Record:
+    """The checkpoint called latest, best (held-out bound), or by its number of images. Raises RunError."""
+    if which.isdecimal():
+        return read_record(run, int(which))
+    if which not in ("latest", "best"):
+        raise RunError(f"checkpoint is {which!r}; it must be latest, best, or a number of images")
+    if which == "latest":
+        record, damage = newest_record(run)
+        if record is None:
+            raise RunError(damage[0] if damage else f"{run.url} has no checkpoint yet")
+        return record
+    scored = [record for images in recorded_images(run) if (record := read_record(run, images)).held_out]
+    if not scored:
+        raise RunError(f"{run.url} has no checkpoint with a held-out bound; choose latest, or set data.test")
+    return min(scored, key=held_out_nats)
+
+
+def held_out_nats(record: Record) -> float:
+    """Negative held-out bound of the checkpoint, in nats per image."""
+    assert record.held_out is not None
+    return record.held_out["negative_bound_nats"] / record.held_out["images"]
+
+
+def delete_checkpoint(run: Bucket, record: Record) -> None:
+    """The record goes first: a state without a record is only debris, a record without its state is damage."""
+    run.delete(record_key(record.images_seen))
+    for file in record.files:
+        run.delete(file.key)
+
+
+ROW_SCHEMA = pa.schema(
+    {
+        "split": pa.string(),  # train: sums over the images trained on since the row before; test: a held-out pass
+        "images_seen": pa.int64(),
+        "attempt": pa.string(),
+        "attempt_started_at_images": pa.int64(),
+        "world_size": pa.int64(),
+        "written_at": pa.string(),
+        "seconds": pa.float64(),  # of the slowest worker, since the row before
+        "data_wait_seconds": pa.float64(),  # of those, the step waited for images
+        "learning_rate": pa.float64(),
+        "ids_digest": pa.string(),  # data.order.ids_digest of the images trained on, in hex
+        "images": pa.int64(),
+        "dims": pa.int64(),
+        "non_finite": pa.int64(),
+        "objective_nats": pa.float64(),
+        "negative_bound_nats": pa.float64(),
+        "distortion_nats": pa.float64(),
+        "rate_nats": pa.float64(),
+        "negative_bound_squares": pa.float64(),
+        "negative_bound_squares_rest": pa.float64(),
+        "distortion_squares": pa.float64(),
+        "distortion_squares_rest": pa.float64(),
+        "rate_squares": pa.float64(),
+        "rate_squares_rest": pa.float64(),
+    }
+)
+"""Columns of metrics/: sums over images, never means."""
+
+
+def write_rows(run: Bucket, rows: Sequence[Row], *, sequence: int) -> None:
+    """Adds reports to the run's history as one small Parquet file; rows of one attempt come with rising sequence."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=ROW_SCHEMA), sink)
+    run.write(f"metrics/{rows[0]['attempt']}-{sequence:06d}.parquet", sink.getvalue())
+
+
+def read_rows(run: Bucket) -> list[Row]:
+    """The run's history as if it had never been interrupted: an attempt replaces all that came after its start."""
+    rows: list[Row] = []
+    for key in run.keys("metrics/"):
+        written = pq.read_table(io.BytesIO(run.read(key))).to_pylist()
+        started_at = written[0]["attempt_started_at_images"]
+        attempt = written[0]["attempt"]
+        rows = [row for row in rows if row["attempt"] == attempt or row["images_seen"] <= started_at] + written
+    return rows

@@ -1,0 +1,1 @@
+"""The loop without Ray: worker, step, loop, evaluate, checkpoint, ledger."""

@@ -1,0 +1,82 @@
+"""What the loop knows of the world around it: its rank, its device, where reports go, and whether to stop."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
+
+import torch
+
+from vaejob.metrics import LikelihoodTotals
+from vaejob.storage.runs import StateFile
+
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One worker's sums since its last report. All workers report at the same images_seen, equally often."""
+
+    images_seen: int
+    attempt: str
+    attempt_started_at_images: int
+    rank: int
+    world_size: int
+    train: LikelihoodTotals = LikelihoodTotals()
+    objective_nats: float = 0.0
+    ids_digest: int = 0
+    learning_rate: float = 0.0
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    held_out: LikelihoodTotals | None = None
+    """This worker's part of a held-out pass at images_seen."""
+    saved: dict[int, StateFile] = field(default_factory=dict)
+    """Files of states, by their images_seen, that this worker's uploads have finished since its last report."""
+    notes: tuple[str, ...] = ()
+    """What a person should be told, such as damage that was passed over."""
+    last: bool = False
+    """Nothing follows from this attempt."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, for crossing processes."""
+        plain = asdict(self)
+        plain["saved"] = {images: file.model_dump() for images, file in self.saved.items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        held_out = plain["held_out"]
+        return cls(
+            **{
+                **plain,
+                "train": LikelihoodTotals(**plain["train"]),
+                "held_out": None if held_out is None else LikelihoodTotals(**held_out),
+                "saved": {int(images): StateFile(**file) for images, file in plain["saved"].items()},
+                "notes": tuple(plain["notes"]),
+            }
+        )
+
+
+class Event(NamedTuple):
+    """Something that happened to the job, told to whoever watches it."""
+
+    kind: Literal["row", "record", "note", "failure"]
+    body: dict[str, Any]
+
+
+class Worker(Protocol):
+    """One rank of a job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def report(self, report: Report) -> None:
+        """Hands the sums to the driver without waiting for it."""
+        ...
+
+    def told_by_first(self, value: Told) -> Told:
+        """Rank 0's value, on every rank; all ranks call it."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Whether the job was asked to stop; the same answer on every rank, and all ranks ask."""
+        ...
