@@ -111,8 +111,8 @@ start() { # start S3_PORT MON_PORT
 }
 
 stop() {
-  signal -TERM
-  wait_until 20 gone 2>/dev/null || signal -KILL
+  signal -KILL # nothing of it is kept
+  wait_until 50 gone
   rm -rf "$dir"
 }
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 5.0
 
-Data = Annotated[str, typer.Argument(help="Folder of a manifest.json, or the folder above its splits; local or in a bucket.")]
+Data = Annotated[
+    str, typer.Argument(help="Folder of a manifest.json, or the folder above its splits; local or in a bucket.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -26,9 +28,15 @@ def pack(
             "CIFAR .bin; local or in a bucket. The last part may be a pattern, such as 'data/train-*.parquet'."
         ),
     ],
-    dest: Annotated[str, typer.Argument(help="Folder for the shards, local or in a bucket; each split gets a folder in it.")],
-    split: Annotated[str, typer.Option(help="Name of the split, or names with fractions: train=0.9,test=0.1.")] = "train",
-    size: Annotated[int | None, typer.Option(min=1, help="Crop to the centre square and resize to this many pixels.")] = None,
+    dest: Annotated[
+        str, typer.Argument(help="Folder for the shards, local or in a bucket; each split gets a folder in it.")
+    ],
+    split: Annotated[
+        str, typer.Option(help="Name of the split, or names with fractions: train=0.9,test=0.1.")
+    ] = "train",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Crop to the centre square and resize to this many pixels.")
+    ] = None,
     encoding: Annotated[
         Literal["auto", "raw", "keep"],
         typer.Option(help="raw: pixels; keep: PNG, JPEG and WebP as they are, others as PNG; auto: raw up to 64x64."),
@@ -43,15 +51,16 @@ def pack(
 
     Example: vaejob pack photos.zip s3://bucket/photos --split train=0.9,test=0.1 --size 64
     """
-    from vaejob.data import pack as packing
+    from vaejob.data.manifest import MANIFEST_KEY
+    from vaejob.data.pack import pack as pack_images
     from vaejob.data.sources import open_source
     from vaejob.data.verify import data_sets
-    from vaejob.storage import join
+    from vaejob.storage import join, open_bucket
 
     images = open_source(source, column=column)
-    before = {bucket.url for bucket in data_sets(dest)}
+    there_before = {found.url for found in data_sets(dest) if found.size(MANIFEST_KEY) is not None}
     with _progress("packing") as on_progress:
-        manifests = packing.pack(
+        manifests = pack_images(
             images,
             dest,
             split=split,
@@ -61,4 +70,95 @@ def pack(
             row_group_bytes=row_group_bytes,
             on_progress=on_progress,
         )
-    print(images.description)
+    for name, manifest in manifests.items():
+        was_there = open_bucket(join(dest, name)).url in there_before
+        print(f"{name}: {'already packed, ' if was_there else ''}{_describe(manifest)}")
+    print(f"look at it with: vaejob inspect {dest}")
+
+
+def inspect(data: Data, as_json: AsJson = False) -> None:
+    """Show what is in a data set, from its manifest alone.
+
+    Example: vaejob inspect s3://bucket/photos
+    """
+    from vaejob.data.manifest import read_manifest
+    from vaejob.data.verify import data_sets
+
+    found = {bucket.url: read_manifest(bucket) for bucket in data_sets(data)}
+    if as_json:
+        print(json.dumps({"data": [_summary(url, manifest) for url, manifest in found.items()]}))
+        return
+    for url, manifest in found.items():
+        print(f"{manifest.split}: {_describe(manifest)}\n  at     {url}\n  source {manifest.source}")
+
+
+def verify(data: Data, as_json: AsJson = False) -> None:
+    """Read all of a data set: check every size, checksum and id, decode every image, recompute the fingerprint.
+
+    Example: vaejob verify s3://bucket/photos
+    """
+    from vaejob.data.verify import data_sets
+    from vaejob.data.verify import verify as verify_all
+
+    checked = []
+    for bucket in data_sets(data):
+        with _progress(f"verifying {bucket.url}") as on_progress:
+            manifest = verify_all(bucket, on_progress=on_progress)
+        checked.append(_summary(bucket.url, manifest) | {"verified": True})
+        if not as_json:
+            print(f"{manifest.split}: all is as it was packed: {_describe(manifest)}")
+    if as_json:
+        print(json.dumps({"data": checked}))
+
+
+def _summary(url: str, manifest: "Manifest") -> dict[str, Any]:
+    return {
+        "address": url,
+        "split": manifest.split,
+        "images": manifest.images,
+        "shape": list(manifest.shape),
+        "encoding": manifest.encoding,
+        "shards": len(manifest.shards),
+        "row_groups": sum(len(shard.row_groups) for shard in manifest.shards),
+        "bytes": sum(shard.size for shard in manifest.shards),
+        "fingerprint": manifest.fingerprint,
+        "source": manifest.source,
+    }
+
+
+def _describe(manifest: "Manifest") -> str:
+    found = _summary("", manifest)
+    shape = " x ".join(map(str, manifest.shape))
+    groups, size = found["row_groups"], found["bytes"] / 2**20
+    return (
+        f"{manifest.images:,} images of {shape} (channels x height x width), {manifest.encoding}, "
+        f"shards {len(manifest.shards):,}, row groups {groups:,}, {size:,.1f} MiB, fingerprint {manifest.fingerprint[:12]}"
+    )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, else a line every few seconds; on stderr, so that stdout holds results only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_now_and_then(what)
+        return
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line_now_and_then(what: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+
+    return report

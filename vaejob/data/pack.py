@@ -147,7 +147,9 @@ def _all_shards(part: Part, plan: str, *, on_images: Callable[[int], None]) -> I
         on_images(packed.shard.rows)
         yield packed
     row_groups = _by_bytes(_load(part, start=rows), limit=part.row_group_bytes, size=_row_bytes)
-    shards = _by_bytes(_counted(row_groups, on_images), limit=part.shard_bytes, size=lambda group: sum(map(_row_bytes, group)))
+    shards = _by_bytes(
+        _counted(row_groups, on_images), limit=part.shard_bytes, size=lambda group: sum(map(_row_bytes, group))
+    )
     for key, groups in zip(map(_shard_key, count(number)), shards, strict=False):
         yield _write_shard(part.bucket, key, groups, image_bytes=part.recipe.image_bytes, plan=plan)
 

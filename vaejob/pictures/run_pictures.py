@@ -1,30 +1,34 @@
 """The pictures that a run leaves in its bucket: samples, reconstructions, and both side by side."""
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from vaejob.data.batches import open_data
+from vaejob.data.batches import DataSet, open_data
 from vaejob.loaded import LoadedModel, load
 from vaejob.metrics import LikelihoodTotals
-from vaejob.pictures.grid import BACKGROUND, above, beside, grid, png_bytes
+from vaejob.pictures.grid import above, beside, grid, png_bytes
 from vaejob.storage import join, open_bucket
 
 COLUMNS = 8
 SAMPLES = 64
 RECONSTRUCTIONS = 32
-MARGIN = 28
-INK, GREY = (28, 30, 34), (110, 114, 122)
+MARGIN, GUTTER = 36, 48
+PAPER, INK, GREY = (255, 255, 255), (24, 26, 30), (112, 116, 124)
 
 
 def write_run_pictures(address: str) -> dict[str, str]:
-    """Draws the run's newest checkpoint; the pictures' names and addresses. Needs the run's held-out or training data."""
+    """Draws the run's newest checkpoint; the pictures' names and addresses. Its held-out, or else training, data is read."""
     model = load(address)
     samples = model.sample(SAMPLES, mean=True)
-    originals, reconstructions = reconstruct_some(model, model.job.data.test or model.job.data.train, RECONSTRUCTIONS)
+    originals, reconstructions = reconstruct_some(
+        model, open_data(model.job.data.test or model.job.data.train), RECONSTRUCTIONS
+    )
     pictures = {
         "samples": grid(samples, columns=COLUMNS),
         "reconstructions": beside(originals, reconstructions),
-        "samples-beside-reconstructions": _side_by_side(
+        "samples-beside-reconstructions": _sheet(
             model, grid(samples, columns=COLUMNS), above(originals, reconstructions, columns=COLUMNS)
         ),
     }
@@ -32,3 +36,39 @@ def write_run_pictures(address: str) -> dict[str, str]:
     for name, picture in pictures.items():
         run.write(f"pictures/{name}.png", png_bytes(picture))
     return {name: join(run.url, "pictures", f"{name}.png") for name in pictures}
+
+
+def reconstruct_some(model: LoadedModel, data: DataSet, count: int) -> tuple[Tensor, Tensor]:
+    """Images from all over a data set, as the model saw them, and their reconstructions."""
+    ids = np.unique(np.linspace(0, data.manifest.images - 1, num=count).astype(np.int64))
+    return model.reconstruct(torch.from_numpy(data.images(ids)), ids)
+
+
+def _sheet(model: LoadedModel, samples: Image.Image, reconstructions: Image.Image) -> Image.Image:
+    """Samples at the left, originals over reconstructions at the right, and below them which model this is."""
+    head, foot = 76, 62
+    right = MARGIN + samples.width + GUTTER
+    height = max(samples.height, reconstructions.height)
+    sheet = Image.new("RGB", (right + reconstructions.width + MARGIN, head + height + foot), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    images = "held-out" if model.job.data.test else "training"
+    for left, picture, title, caption in (
+        (MARGIN, samples, "Samples", "pictures decoded from random codes"),
+        (right, reconstructions, "Reconstructions", f"{images} images, each above what its code decodes to"),
+    ):
+        draw.text((left, 18), title, fill=INK, font=ImageFont.load_default(24))
+        draw.text((left, 50), caption, fill=GREY, font=ImageFont.load_default(15))
+        sheet.paste(picture, (left, head))
+    draw.text((MARGIN, head + height + 22), _which_model(model), fill=GREY, font=ImageFont.load_default(15))
+    return sheet
+
+
+def _which_model(model: LoadedModel) -> str:
+    words = f"{model.job.run.name} after {model.record.images_seen:,} images"
+    if model.record.held_out is None:
+        return words
+    totals = LikelihoodTotals.from_dict(model.record.held_out)
+    return (
+        f"{words}: held-out bound {totals.bits_per_dim:.4f} ± {totals.bits_per_dim_standard_error:.4f} bits/dim, "
+        f"{totals.mean('negative_bound'):.3f} ± {totals.standard_error('negative_bound'):.3f} nats, {totals.images:,} images"
+    )

@@ -56,5 +56,11 @@ def one_line(error: Exception) -> str:
     if status := status_of(error):
         return f"the store answered HTTP {status} {code_of(error)}".rstrip()
     system = re.search(r'message: "([^"]+)"', debug)
-    cause = "no answer in time" if "TimedOut" in debug else system[1] if system else re.sub(r"^.* - |^Generic \w+ error: ", "", said)
+    cause = (
+        "no answer in time"
+        if "TimedOut" in debug
+        else system[1]
+        if system
+        else re.sub(r"^.* - |^Generic \w+ error: ", "", said)
+    )
     return " ".join(cause.split())[:200] or type(error).__name__

@@ -7,7 +7,7 @@ from vaejob.errors import BucketError
 
 def checked(key: str, *, url: str) -> str:
     """The key itself; BucketError if it could name something outside its bucket."""
-    if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+    if any(part in ("", ".", "..") for part in key.split("/")) or any(char < " " for char in key):
         raise BucketError(
             f"{url}: {key!r} is no key; it must be names with '/' between them, none of them empty, '.' or '..'"
         )

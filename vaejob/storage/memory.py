@@ -28,9 +28,12 @@ class MemoryBucket:
             _blobs[self.url][checked(key, url=self.url)] = bytes(data)
 
     def create(self, key: str, data: bytes) -> bool:
-        mine = bytes(data)
         with _lock:
-            return _blobs[self.url].setdefault(checked(key, url=self.url), mine) is mine
+            blobs = _blobs[self.url]
+            if checked(key, url=self.url) in blobs:
+                return False
+            blobs[key] = bytes(data)
+            return True
 
     def size(self, key: str) -> int | None:
         with _lock:

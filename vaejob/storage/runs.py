@@ -45,7 +45,7 @@ class Record(_Part):
     job_fingerprint: str
     train_fingerprint: str
     test_fingerprint: str | None
-    held_out: dict[str, float] | None
+    held_out: dict[str, int | float] | None
     """Sums of the held-out pass at images_seen, if there was one."""
     files: tuple[StateFile, ...] = Field(min_length=1)
     versions: dict[str, str]
