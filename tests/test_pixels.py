@@ -207,8 +207,8 @@ def test_training_starts_at_the_mean_of_the_pixels():
 @pytest.mark.parametrize(
     ("settings", "levels"),
     [
-        ({"binarize": "static"}, 2),
-        ({"bits": 1}, 2),
+        ({"pixels": "bernoulli", "binarize": "static"}, 2),
+        ({"pixels": "bernoulli", "bits": 1}, 2),
         ({"pixels": "discretized-logistic", "bits": 5}, 32),
         ({"pixels": "discretized-logistic"}, 256),
     ],

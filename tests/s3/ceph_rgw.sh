@@ -6,7 +6,6 @@
 set -euo pipefail
 command=$1 dir=$2
 export CEPH_CONF=$dir/ceph.conf
-daemons="rgw osd mon"
 
 wait_until() { # wait_until TENTHS_OF_A_SECOND COMMAND...
   local tenths=$1; shift
@@ -22,18 +21,6 @@ spawn() { # spawn NAME COMMAND...
   local name=$1; shift
   setsid "$@" >"$dir/log/$name.out" 2>&1 </dev/null &
   echo $! >"$dir/$name.pid"
-}
-
-gone() {
-  for name in $daemons; do
-    if [ -f "$dir/$name.pid" ] && kill -0 "$(cat "$dir/$name.pid")"; then return 1; fi
-  done
-}
-
-signal() {
-  for name in $daemons; do
-    if [ -f "$dir/$name.pid" ]; then kill "$1" "$(cat "$dir/$name.pid")" 2>/dev/null || true; fi
-  done
 }
 
 configure() { # configure MON_PORT
@@ -111,9 +98,10 @@ start() { # start S3_PORT MON_PORT
 }
 
 stop() {
-  signal -KILL # nothing of it is kept
-  wait_until 50 gone
-  rm -rf "$dir"
+  for name in rgw osd mon; do
+    if [ -f "$dir/$name.pid" ]; then kill -KILL "$(cat "$dir/$name.pid")" 2>/dev/null || true; fi # nothing is kept
+  done
+  wait_until 50 rm -rf "$dir"
 }
 
 case $command in

@@ -76,8 +76,9 @@ def _ceph(folder: Path) -> Iterator[S3Server]:
             raise RuntimeError(f"radosgw did not start: {result.stderr}{_last_lines(folder / 'log')}")
         yield S3Server("ceph", s3_port)
     finally:
+        watcher.kill()
+        watcher.wait()
         subprocess.run([_SCRIPT, "stop", folder], check=True)
-        watcher.wait(10)
 
 
 @contextlib.contextmanager

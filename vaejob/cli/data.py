@@ -1,13 +1,13 @@
 """pack, inspect, verify: images into shards, and what is in them."""
 
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from vaejob.cli.terminal import say, say_json, warn
 
 if TYPE_CHECKING:
     from vaejob.data.manifest import Manifest
@@ -49,7 +49,9 @@ def pack(
 ) -> None:
     """Turn images into Parquet shards with a manifest. Repeating the command finishes what was interrupted.
 
-    Example: vaejob pack photos.zip s3://bucket/photos --split train=0.9,test=0.1 --size 64
+    \b
+    Example:
+      vaejob pack photos.zip s3://bucket/photos --split train=0.9,test=0.1 --size 64
     """
     from vaejob.data.manifest import MANIFEST_KEY
     from vaejob.data.pack import pack as pack_images
@@ -72,30 +74,34 @@ def pack(
         )
     for name, manifest in manifests.items():
         was_there = open_bucket(join(dest, name)).url in there_before
-        print(f"{name}: {'already packed, ' if was_there else ''}{_describe(manifest)}")
-    print(f"look at it with: vaejob inspect {dest}")
+        say(f"{name}: {'already packed, ' if was_there else ''}{_describe(manifest)}")
+    say(f"look at it with: vaejob inspect {dest}")
 
 
 def inspect(data: Data, as_json: AsJson = False) -> None:
     """Show what is in a data set, from its manifest alone.
 
-    Example: vaejob inspect s3://bucket/photos
+    \b
+    Example:
+      vaejob inspect s3://bucket/photos
     """
     from vaejob.data.manifest import read_manifest
     from vaejob.data.verify import data_sets
 
     found = {bucket.url: read_manifest(bucket) for bucket in data_sets(data)}
     if as_json:
-        print(json.dumps({"data": [_summary(url, manifest) for url, manifest in found.items()]}))
+        say_json({"splits": [_summary(url, manifest) for url, manifest in found.items()]})
         return
     for url, manifest in found.items():
-        print(f"{manifest.split}: {_describe(manifest)}\n  at     {url}\n  source {manifest.source}")
+        say(f"{manifest.split}: {_describe(manifest)}\n  at     {url}\n  source {manifest.source}")
 
 
 def verify(data: Data, as_json: AsJson = False) -> None:
     """Read all of a data set: check every size, checksum and id, decode every image, recompute the fingerprint.
 
-    Example: vaejob verify s3://bucket/photos
+    \b
+    Example:
+      vaejob verify s3://bucket/photos
     """
     from vaejob.data.verify import data_sets
     from vaejob.data.verify import verify as verify_all
@@ -106,9 +112,9 @@ def verify(data: Data, as_json: AsJson = False) -> None:
             manifest = verify_all(bucket, on_progress=on_progress)
         checked.append(_summary(bucket.url, manifest) | {"verified": True})
         if not as_json:
-            print(f"{manifest.split}: all is as it was packed: {_describe(manifest)}")
+            say(f"{manifest.split}: all is as it was packed: {_describe(manifest)}")
     if as_json:
-        print(json.dumps({"data": checked}))
+        say_json({"splits": checked})
 
 
 def _summary(url: str, manifest: "Manifest") -> dict[str, Any]:
@@ -159,6 +165,6 @@ def _line_now_and_then(what: str) -> Callable[[int, int], None]:
         nonlocal last
         if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+            warn(f"{what}: {done:,} of {total:,} images")
 
     return report

@@ -15,7 +15,7 @@ import numpy as np
 from vaejob.data.decode import decode_image
 from vaejob.data.manifest import Manifest, Shard
 from vaejob.data.shards import RowGroupColumns, parse_row_group
-from vaejob.errors import DataError
+from vaejob.errors import BucketError, DataError
 from vaejob.storage import Bucket
 
 Tag = TypeVar("Tag")
@@ -90,9 +90,12 @@ class RowGroupReader:
         shard, index = self._places[group]
         place = shard.row_groups[index]
         for attempt in range(READS_OF_DAMAGED_BYTES):
-            body = self._bucket.read(shard.key, place.offset, place.offset + place.size)
             try:
+                body = self._bucket.read(shard.key, place.offset, place.offset + place.size)
                 columns = parse_row_group(shard, index, body=body, footer=self._footer(shard))
+            except BucketError:
+                self._refuse_damaged(shard)
+                raise
             except DataError as error:
                 # A byte may have been flipped on the way: what the store holds is read again before it is blamed.
                 self._footer.cache_clear()
@@ -104,6 +107,12 @@ class RowGroupReader:
                 raise DataError(f"{self._bucket.url}/{shard.key} row group {index}: its ids do not start at {first}")
             return columns
         raise AssertionError("unreachable")
+
+    def _refuse_damaged(self, shard: Shard) -> None:
+        """A store that answers, but has not what the manifest names, will not have it on another try."""
+        if (size := self._bucket.size(shard.key)) != shard.size:
+            found = "gone" if size is None else f"{size} bytes long"
+            raise DataError(f"{self._bucket.url}/{shard.key} is {found}; the manifest says {shard.size} bytes") from None
 
     def _read_footer(self, shard: Shard) -> bytes:
         return self._bucket.read(shard.key, shard.size - shard.footer_size, shard.size)

@@ -9,36 +9,37 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-PLEASANT_WIDTH = 640
-"""Small images are enlarged as far as a grid stays within this many pixels."""
+PLEASANT_WIDTH = 560
+"""Small images are enlarged until their grid has about this many pixels."""
 MAX_WIDTH = 1200
-"""Large images are reduced until it does within about this many."""
-SEPARATOR = 2
-WIDE_SEPARATOR = 12
+"""Large images are reduced until it has less than about this many."""
 BACKGROUND = 255
+# Four rows of pairs are as high as eight rows of a grid: 4 x 2 + 3 x 9 = 7 x 5.
+SEPARATOR, WITHIN_PAIR, BETWEEN_PAIRS = 5, 2, 9
 
 Images = UInt8[Tensor, "B C H W"] | UInt8[np.ndarray, "B C H W"]
 
 
-def grid(images: Images, *, columns: int, scale: int | None = None) -> Image.Image:
+def grid(images: Images, *, columns: int, scale: int | None = None, max_width: int = MAX_WIDTH) -> Image.Image:
     """The images row by row, each enlarged scale times; without a scale, to a pleasant size."""
     columns = min(columns, len(images))
-    scale = _fitting_scale(columns * images.shape[3]) if scale is None else scale
+    if scale is None:
+        scale = _fitting_scale(columns * images.shape[3], max_width=max_width)
     return _laid_out(_tiles(images, scale), columns=columns)
 
 
 def beside(originals: Images, reconstructions: Images, *, pairs_per_row: int = 4) -> Image.Image:
-    """Each original with its reconstruction at its right; pairs stand apart from one another."""
+    """Each original with its reconstruction at its right."""
     columns = min(pairs_per_row, len(originals))
-    pairs = _pairs(originals, reconstructions, scale=_fitting_scale(2 * columns * originals.shape[3]), axis=2)
-    return _laid_out(pairs, columns=columns, across=WIDE_SEPARATOR, down=WIDE_SEPARATOR)
+    scale = _fitting_scale(2 * columns * originals.shape[3], max_width=MAX_WIDTH)
+    return _laid_out(_pairs(originals, reconstructions, scale, axis=2), columns=columns, across=BETWEEN_PAIRS)
 
 
-def above(originals: Images, reconstructions: Images, *, columns: int) -> Image.Image:
+def above(originals: Images, reconstructions: Images, *, columns: int, max_width: int = MAX_WIDTH) -> Image.Image:
     """Each original above its reconstruction, as wide as a grid of as many columns."""
     columns = min(columns, len(originals))
-    pairs = _pairs(originals, reconstructions, scale=_fitting_scale(columns * originals.shape[3]), axis=1)
-    return _laid_out(pairs, columns=columns, down=WIDE_SEPARATOR)
+    scale = _fitting_scale(columns * originals.shape[3], max_width=max_width)
+    return _laid_out(_pairs(originals, reconstructions, scale, axis=1), columns=columns, down=BETWEEN_PAIRS)
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -47,9 +48,9 @@ def png_bytes(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _fitting_scale(width: int) -> int:
+def _fitting_scale(width: int, *, max_width: int) -> int:
     """How often to repeat each pixel of tiles that are this wide together; -n makes one of n x n pixels."""
-    return -math.ceil(width / MAX_WIDTH) if width > MAX_WIDTH else max(1, PLEASANT_WIDTH // width)
+    return -math.ceil(width / max_width) if width > max_width else max(1, round(PLEASANT_WIDTH / width))
 
 
 def _tiles(images: Images, scale: int) -> list[np.ndarray]:
@@ -60,9 +61,9 @@ def _tiles(images: Images, scale: int) -> list[np.ndarray]:
     return [_from_pillow(_to_pillow(image).reduce(-scale)) for image in array]
 
 
-def _pairs(originals: Images, reconstructions: Images, *, scale: int, axis: int) -> list[np.ndarray]:
+def _pairs(originals: Images, reconstructions: Images, scale: int, *, axis: int) -> list[np.ndarray]:
     both = zip(_tiles(originals, scale), _tiles(reconstructions, scale), strict=True)
-    return [_joined(pair, axis=axis, separator=SEPARATOR) for pair in both]
+    return [_joined(pair, axis=axis, separator=WITHIN_PAIR) for pair in both]
 
 
 def _laid_out(

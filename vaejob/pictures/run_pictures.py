@@ -15,6 +15,7 @@ COLUMNS = 8
 SAMPLES = 64
 RECONSTRUCTIONS = 32
 MARGIN, GUTTER = 36, 48
+HALF_WIDTH, MIN_WIDTH = 650, 960
 PAPER, INK, GREY = (255, 255, 255), (24, 26, 30), (112, 116, 124)
 
 
@@ -29,7 +30,9 @@ def write_run_pictures(address: str) -> dict[str, str]:
         "samples": grid(samples, columns=COLUMNS),
         "reconstructions": beside(originals, reconstructions),
         "samples-beside-reconstructions": _sheet(
-            model, grid(samples, columns=COLUMNS), above(originals, reconstructions, columns=COLUMNS)
+            model,
+            grid(samples, columns=COLUMNS, max_width=HALF_WIDTH),
+            above(originals, reconstructions, columns=COLUMNS, max_width=HALF_WIDTH),
         ),
     }
     run = open_bucket(address)
@@ -46,29 +49,39 @@ def reconstruct_some(model: LoadedModel, data: DataSet, count: int) -> tuple[Ten
 
 def _sheet(model: LoadedModel, samples: Image.Image, reconstructions: Image.Image) -> Image.Image:
     """Samples at the left, originals over reconstructions at the right, and below them which model this is."""
-    head, foot = 76, 62
+    head, foot = 80, 92
     right = MARGIN + samples.width + GUTTER
     height = max(samples.height, reconstructions.height)
-    sheet = Image.new("RGB", (right + reconstructions.width + MARGIN, head + height + foot), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    width = max(right + reconstructions.width + MARGIN, MIN_WIDTH)
+    sheet = Image.new("RGB", (width, head + height + foot), PAPER)
+    draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(24), ImageFont.load_default(15)
     images = "held-out" if model.job.data.test else "training"
     for left, picture, title, caption in (
         (MARGIN, samples, "Samples", "pictures decoded from random codes"),
         (right, reconstructions, "Reconstructions", f"{images} images, each above what its code decodes to"),
     ):
-        draw.text((left, 18), title, fill=INK, font=ImageFont.load_default(24))
-        draw.text((left, 50), caption, fill=GREY, font=ImageFont.load_default(15))
+        draw.text((left, 18), title, fill=INK, font=large)
+        draw.text((left, 50), caption, fill=GREY, font=small)
         sheet.paste(picture, (left, head))
-    draw.text((MARGIN, head + height + 22), _which_model(model), fill=GREY, font=ImageFont.load_default(15))
+    draw.text((MARGIN, head + height + 22), _which_model(model), fill=INK, font=small)
+    draw.text((MARGIN, head + height + 46), _how_likely(model), fill=GREY, font=small)
     return sheet
 
 
 def _which_model(model: LoadedModel) -> str:
-    words = f"{model.job.run.name} after {model.record.images_seen:,} images"
+    return f"{model.job.run.name} after {model.record.images_seen:,} images"
+
+
+def _how_likely(model: LoadedModel) -> str:
+    """The held-out bound with what makes it comparable; empty if there was no held-out pass."""
     if model.record.held_out is None:
-        return words
-    totals = LikelihoodTotals.from_dict(model.record.held_out)
+        return ""
+    totals, job = LikelihoodTotals.from_dict(model.record.held_out), model.job
+    samples, likelihood = job.training.evaluate_samples, job.likelihood
+    bound = "-ELBO" if samples == 1 else f"-IWAE bound of {samples} samples"
+    kind = f"{likelihood.binarize} binarisation" if likelihood.pixels == "bernoulli" else f"{likelihood.bits} bits"
     return (
-        f"{words}: held-out bound {totals.bits_per_dim:.4f} ± {totals.bits_per_dim_standard_error:.4f} bits/dim, "
-        f"{totals.mean('negative_bound'):.3f} ± {totals.standard_error('negative_bound'):.3f} nats, {totals.images:,} images"
+        f"{totals.bits_per_dim:.4f} ± {totals.bits_per_dim_standard_error:.4f} bits/dim, "
+        f"{totals.mean('negative_bound'):.3f} ± {totals.standard_error('negative_bound'):.3f} nats: "
+        f"{bound} of {totals.images:,} held-out images, {likelihood.pixels} pixels, {kind}"
     )

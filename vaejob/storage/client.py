@@ -42,7 +42,11 @@ def parse_place(address: str) -> Place:
 def open_store(place: Place, *, request_s: float, retry_s: float) -> ObjectStore:
     """A client whose requests end within `request_s`, and which repeats them itself for `retry_s`; 0 for never."""
     options: ClientConfig = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=request_s)}
-    retries: RetryConfig = {"max_retries": 100 if retry_s else 0, "retry_timeout": timedelta(seconds=retry_s)}
+    retries: RetryConfig = {
+        "max_retries": 1000 if retry_s else 0,
+        "retry_timeout": timedelta(seconds=retry_s),
+        "backoff": {"max_backoff": timedelta(seconds=2)},
+    }
     try:
         match place.scheme:
             case "s3":

@@ -26,7 +26,7 @@ def verdict(error: Exception, *, bucket: str, name: str) -> Exception | None:
         return error
     if code in _BUCKET_GONE or "specified bucket does not exist" in str(error):
         return BucketError(f"{bucket} does not exist")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and code != "NoSuchUpload":  # then a write in parts must begin anew
         return ObjectMissing(f"{name}: there is no such object")
     if isinstance(error, _REFUSED) or status in (401, 403):
         return BucketError(f"{bucket} refuses: access denied{f' ({code})' if code else ''}")
@@ -53,8 +53,8 @@ def code_of(error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     said, _, debug = str(error).partition("\n\nDebug source")
-    if status := status_of(error):
-        return f"the store answered HTTP {status} {code_of(error)}".rstrip()
+    if (status := status_of(error)) or code_of(error):
+        return f"the store answered {f'HTTP {status} ' if status else ''}{code_of(error)}".rstrip()
     system = re.search(r'message: "([^"]+)"', debug)
     cause = (
         "no answer in time"

@@ -51,7 +51,7 @@ def open_source(address: str, *, column: str | None = None) -> ImageSource:
         others = f", {len(names) - len(chosen)} other files left out" if len(names) > len(chosen) else ""
         return FolderSource(folder, chosen, f"folder {address}: {len(chosen)} images{others}")
     parts = {name: _open_file(join(folder, name), column=column) for name in chosen}
-    return JoinedSource(f"{len(parts)} {kind} in {address}", parts)
+    return JoinedSource(f"{address}: {len(parts)} {kind}", parts)
 
 
 def _open_file(address: str, *, column: str | None) -> ImageSource:

@@ -79,15 +79,19 @@ def open_parquet(address: str, *, column: str | None = None) -> ParquetSource:
 
 def _image_column(address: str, schema: Any, *, column: str | None) -> str:
     candidates = [field.name for field in schema if _may_hold_images(field.type)]
-    if column is not None:
-        found = [name for name in candidates if name == column]
-    else:
+    if column is None:
         found = [name for name in candidates if name.lower() in _USUAL_NAMES] or candidates
-    if len(found) != 1:
-        wanted = "names no" if column else "must hold one"
-        listed = ", ".join(candidates) or "none"
-        raise DataError(f"{address}: --column {wanted} column of image bytes; columns of bytes are: {listed}")
-    return str(found[0])
+    else:
+        found = [name for name in candidates if name == column]
+    match found:
+        case [name]:
+            return str(name)
+        case []:
+            columns = ", ".join(f"{field.name} {field.type}" for field in schema)
+            wanted = "" if column is None else f" named {column}"
+            raise DataError(f"{address} has no column of image bytes{wanted}; its columns are: {columns}")
+        case _:
+            raise DataError(f"{address} has several columns of bytes: {', '.join(found)}; name one with --column")
 
 
 def _may_hold_images(kind: Any) -> bool:

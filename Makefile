@@ -1,0 +1,46 @@
+# make help lists the targets. Everything is installed into $(VENV); nothing outside this folder is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: help quickstart test lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  \1@/p' $(firstword $(MAKEFILE_LIST)) | column -t -s@
+
+quickstart: $(VENV)/.run ## install, then pack, train, evaluate and report on real digits: no account, no network
+	$(BIN)/vaejob quickstart $(ARGS)
+
+test: $(VENV)/.test ## every test; ARGS="-k storage" for some of them
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test ## rules, layout, types, and which module may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test ## mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environment and caches; runs and data stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time this takes minutes"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time this takes minutes"
+	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/.run

@@ -1,0 +1,140 @@
+"""Whole jobs as a user runs them: real processes, a real Ray cluster, real digits."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vaejob.config import JobConfig, parse_config
+
+DIGITS_JOB = """
+run: {{name: run, bucket: {bucket}}}
+data: {{train: {digits}/train, test: {digits}/test, global_batch: 64, lanes: 6, window_rows: 64}}
+model: {{family: mlp, latent: 8, hidden: [64, 64]}}
+likelihood: {{pixels: discretized-logistic, bits: 4}}
+training: {{images: 6000, report_every_images: 64, evaluate_every_images: 3000}}
+checkpoint: {{every_images: 500}}
+cluster: {{workers: 0, wait_seconds: 30}}
+"""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """scikit-learn's digits, packed as the quickstart packs them, in row groups small enough to be many."""
+    from sklearn.datasets import load_digits
+
+    from vaejob.data.pack import pack
+    from vaejob.data.sources import ArraySource
+
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).round().astype("uint8")[:, None]
+    source = ArraySource("digits", images, [f"digit-{index:04d}" for index in range(len(images))])
+    folder = str(tmp_path_factory.mktemp("digits"))
+    pack(source, folder, split="train=0.8,test=0.2", row_group_bytes=6400, shard_bytes=32000)
+    return folder
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, digits: str) -> Path:
+    """A small job on the digits, whose run is tmp_path/runs/run."""
+    path = tmp_path / "job.yaml"
+    path.write_text(DIGITS_JOB.format(bucket=tmp_path / "runs", digits=digits))
+    return path
+
+
+@pytest.fixture
+def job(job_file: Path) -> JobConfig:
+    return parse_config(job_file.read_text())
+
+
+Vaejob = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def vaejob() -> Vaejob:
+    """Runs a verb in a process of its own."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vaejob", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray cluster as an operator starts it, with room for 4 one-core workers; its addresses as environment."""
+    # Ray's sockets need a short path.
+    folder = Path("/tmp") / f"vaejob-ray-{os.getpid()}"
+    folder.mkdir()
+    port, dashboard = _free_port(), _free_port()
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
+         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
+         f"--temp-dir={folder}", "--object-store-memory=200000000", "--disable-usage-stats"],
+        env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _wait_until_answers(f"http://127.0.0.1:{dashboard}/api/jobs/", head, Path(log.name))
+        yield {
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_AUTH_MODE": "disabled",
+        }
+    finally:
+        kill_tree(head.pid)
+        head.wait()
+        log.close()
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all that descend from it, parents first so that nothing is started anew."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
+    for process in [parent, *parent.children(recursive=True)]:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                json.load(answer)
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.5)
+    raise AssertionError(f"no cluster after 120 s: {log.read_text()}")

@@ -1,0 +1,59 @@
+"""The same job on a cluster that an operator started, by Ray's Jobs API."""
+
+import subprocess
+import sys
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.job.conftest import Vaejob
+from vaejob.storage import open_bucket
+from vaejob.storage.runs import newest_record, recorded_images
+
+pytestmark = pytest.mark.ray
+
+
+def test_submitted_job_streams_its_log_and_gives_its_status(
+    vaejob: Vaejob, ray_head: dict[str, str], job_file: Path, tmp_path: Path
+) -> None:
+    done = vaejob("submit", job_file, "cluster.workers=2", "--follow", env=ray_head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6,000 of 6,000 images" in done.stdout
+    assert "bits/dim" in done.stdout
+    record, _ = newest_record(open_bucket(f"{tmp_path}/runs/run"))
+    assert record is not None
+    assert (record.images_seen, record.world_size) == (6000, 2)
+    assert "6,000 of 6,000 images" in vaejob("logs", tmp_path / "runs/run", env=ray_head).stdout
+
+    refused = vaejob("submit", job_file, "run.seed=1", "--follow", env=ray_head)
+    assert refused.returncode == 2
+    assert "belongs to a run with other settings (run.seed: 0 -> 1)" in refused.stdout
+
+
+def test_stopped_job_leaves_a_run_that_its_address_alone_resumes(
+    vaejob: Vaejob, ray_head: dict[str, str], job_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs/run"
+    images = "training.images=2000000"
+    following = subprocess.Popen(
+        [sys.executable, "-m", "vaejob", "submit", str(job_file), images, "--follow",
+         "training.report_every_images=2000", "cluster.workers=1"],
+        env={**os.environ, **ray_head}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not recorded_images(open_bucket(str(run))):
+        assert time.monotonic() < deadline
+        assert following.poll() is None
+        time.sleep(0.2)
+    stopped = vaejob("stop", run, env=ray_head)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped, with a checkpoint" in stopped.stdout
+    log, _ = following.communicate(timeout=60)
+    assert following.returncode == 85, log
+
+    reached = recorded_images(open_bucket(str(run)))[-1]
+    resumed = vaejob("resume", run, f"training.images={reached + 1000}", "cluster.workers=0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert recorded_images(open_bucket(str(run)))[-1] == reached + 1000
