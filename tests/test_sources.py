@@ -189,7 +189,7 @@ def test_an_ambiguous_parquet_column_is_refused_with_the_candidates(tmp_path):
 )
 def test_held_out_images_are_not_packed_among_training_images(names, tmp_path):
     write_folder(tmp_path, dict.fromkeys(names, b"x"))
-    with pytest.raises(DataError, match="training and held-out images"):
+    with pytest.raises(DataError, match=r"holds held-out images \(t.*\) beside others .*; pack them apart"):
         open_source(str(tmp_path))
 
 

@@ -36,7 +36,7 @@ def refusal(bucket: Bucket) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(shard=st.integers(0, 1), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_found(shard, place, bit):
     bucket, manifest = packed("keep")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3.server import S3Server
 from vaejob.config import JobConfig, parse_config
 
 DIGITS_JOB = """
@@ -40,6 +41,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("digits"))
     pack(source, folder, split="train=0.8,test=0.2", row_group_bytes=6400, shard_bytes=32000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same digits as a file that people have: an npz of uint8 pictures."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    path = tmp_path_factory.mktemp("npz") / "digits.npz"
+    np.savez(path, images=(load_digits().images * (255 / 16)).round().astype("uint8"))
+    return str(path)
 
 
 @pytest.fixture
@@ -72,11 +84,11 @@ def vaejob() -> Vaejob:
 
 
 @pytest.fixture(scope="session")
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iterator[dict[str, str]]:
     """A Ray cluster as an operator starts it, with room for 4 one-core workers; its addresses as environment."""
     # Ray's sockets need a short path.
     folder = Path("/tmp") / f"vaejob-ray-{os.getpid()}"
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     port, dashboard = _free_port(), _free_port()
     env = {
         **os.environ,

@@ -1,54 +1,21 @@
 """The verbs that look at runs: runs, show."""
 
-import io
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vaejob.cli.terminal import bits, nats, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
-    from vaejob.config import JobConfig
+    from vaejob.cli.overview import Overview
     from vaejob.metrics import LikelihoodTotals
-    from vaejob.storage import Bucket
     from vaejob.storage.runs import Record, Row
 
 RUNS_AT_ONCE = 8
 
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON value.")]
-
-
-class Look(NamedTuple):
-    """One run, as far as it got."""
-
-    address: str
-    job: "JobConfig"
-    records: "list[Record]"
-    """Every checkpoint, oldest first."""
-    rows: "list[Row]"
-    attempts: list[str]
-    problems: list[str]
-
-    @property
-    def images_seen(self) -> int:
-        """The last thing that is known of it: of a checkpoint, or of a report beyond it."""
-        return max([record.images_seen for record in self.records] + [row["images_seen"] for row in self.rows], default=0)
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.records) and self.records[-1].images_seen >= self.job.training.images
-
-    @property
-    def best(self) -> "Record | None":
-        """The checkpoint with the best held-out bound."""
-        from vaejob.storage.runs import held_out_nats
-
-        return min((record for record in self.records if record.held_out), key=held_out_nats, default=None)
-
-    def newest(self, split: str) -> "Row | None":
-        return next((row for row in reversed(self.rows) if row["split"] == split), None)
 
 
 def runs(
@@ -70,84 +37,220 @@ def runs(
         is_run = home.size(JOB_KEY) is not None
         raise RunError(f"{home.url} is one run; use: vaejob show {bucket}" if is_run else f"{home.url} holds no runs")
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        found = list(pool.map(_look_or_say_why_not, (join(home.url, name) for name in names)))
-    looks = [look for look in found if isinstance(look, Look)]
-    for line in [line for line in found if isinstance(line, str)] + [line for look in looks for line in look.problems]:
-        warn(line)
-    epochs = _epochs(looks)
+        found = list(pool.map(_overview_or_problem, [join(home.url, name) for name in names]))
+    for run, _ in found:
+        for line in [run] if isinstance(run, str) else run.problems:
+            warn(line)
+    readable = [(run, epoch_images) for run, epoch_images in found if not isinstance(run, str)]
     if as_json:
-        say_json([_summary(look, epochs.get(look.address)) for look in looks])
+        say_json([_summary(run, epoch_images) for run, epoch_images in readable])
     else:
-        _say_table(looks, epochs)
+        _say_table(readable)
 
 
-def show(
-    run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")], as_json: Json = False
-) -> None:
-    """One run: settings, checkpoints, its newest numbers, and how fast it went.
+def show(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")], as_json: Json = False) -> None:
+    """One run: its main settings, checkpoints, newest numbers, and how fast it went.
 
     \b
     Example:
       vaejob show s3://models/mnist-iwae-1
     """
-    look = _look(run, whole_history=True)
-    epochs = _epochs([look]).get(look.address)
-    for line in look.problems:
+    from vaejob.cli.overview import look_at, training_images
+
+    overview = look_at(run, whole_history=True)
+    epoch_images = training_images(overview)
+    for line in overview.problems:
         warn(line)
     if as_json:
-        say_json(_everything(look, epochs))
+        say_json(_everything(overview, epoch_images))
     else:
-        _say_run(look, epochs)
+        _say_everything(overview, epoch_images)
 
 
-def likelihood_numbers(totals: "LikelihoodTotals") -> dict[str, int | float]:
-    """Means per image and their standard errors, in nats and in bits/dim, at full precision."""
-    from vaejob.likelihood.units import bits_per_dim
-
-    dims = totals.dims / totals.images
-    numbers: dict[str, int | float] = {"images": totals.images, "dims": totals.dims}
-    for name, in_bits in (
-        ("negative_bound", "bits_per_dim"),
-        ("distortion", "distortion_bits_per_dim"),
-        ("rate", "rate_bits_per_dim"),
-    ):
-        mean, error = totals.mean(name), totals.standard_error(name)
-        numbers |= {f"{name}_nats": mean, f"{name}_nats_standard_error": error}
-        numbers |= {in_bits: bits_per_dim(mean, dims), f"{in_bits}_standard_error": bits_per_dim(error, dims)}
-    return numbers
-
-
-def _look(address: str, *, whole_history: bool) -> Look:
-    from vaejob.errors import CheckpointError
-    from vaejob.storage import open_bucket
-    from vaejob.storage.runs import newest_record, read_job, read_record, read_rows, recorded_images
-
-    run = open_bucket(address)
-    job = read_job(run)
-    _, problems = newest_record(run)
-    records = []
-    for images_seen in recorded_images(run):
-        try:
-            records.append(read_record(run, images_seen))
-        except CheckpointError as error:
-            problems = problems if str(error) in problems else [*problems, str(error)]
-    rows = read_rows(run) if whole_history else _newest_rows(run)
-    attempts = [key.removeprefix("attempts/").removesuffix(".txt") for key in run.keys("attempts/")]
-    return Look(run.url, job, records, rows, attempts, problems)
-
-
-def _look_or_say_why_not(address: str) -> Look | str:
+def _overview_or_problem(address: str) -> "tuple[Overview | str, int | None]":
+    """One run that cannot be read must not hide the others."""
+    from vaejob.cli.overview import look_at, training_images
     from vaejob.errors import VaejobError
 
     try:
-        return _look(address, whole_history=False)
+        overview = look_at(address, whole_history=False)
+        return overview, training_images(overview)
     except VaejobError as error:
-        return str(error)
+        return str(error), None
 
 
-def _newest_rows(run: "Bucket") -> "list[Row]":
-    """Those of the last report: its file's name sorts behind all others."""
-    import pyarrow.parquet as pq
+def _summary(run: "Overview", epoch_images: int | None) -> dict[str, Any]:
+    last = run.last_report_at
+    return {
+        "run": run.address,
+        "name": run.job.run.name,
+        "finished": run.finished,
+        "images_seen": run.images_seen,
+        "images": run.job.training.images,
+        "epochs": run.images_seen / epoch_images if epoch_images else None,
+        "checkpoints": [record.images_seen for record in run.records],
+        "best": _checkpoint(run, run.best) if run.best else None,
+        "last_report_at": last.isoformat() if last else None,
+        "last_report_age_seconds": _age_seconds(last) if last else None,
+        "attempts": len(run.attempts),
+    }
 
-    keys = run.keys("metrics/")
-    return pq.read_table(io.BytesIO(run.read(keys[-1]))).to_pylist() if keys else []
+
+def _everything(run: "Overview", epoch_images: int | None) -> dict[str, Any]:
+    return {
+        **_summary(run, epoch_images),
+        "settings": run.job.model_dump(),
+        "checkpoints": [_checkpoint(run, record) for record in run.records],
+        "train": _speed_and_numbers(run.newest_row("train")),
+        "held_out": _speed_and_numbers(run.newest_row("test")),
+        "fingerprints": {name: fingerprint for name, _, fingerprint in _data(run)},
+        "attempts": run.attempts,
+        "problems": run.problems,
+    }
+
+
+def _checkpoint(run: "Overview", record: "Record") -> dict[str, Any]:
+    from vaejob.cli.overview import likelihood_numbers
+
+    totals = _held_out(record)
+    return {
+        "images_seen": record.images_seen,
+        "written_at": record.written_at,
+        "world_size": record.world_size,
+        "files": len(record.files),
+        "bytes": sum(file.size for file in record.files),
+        "samples": run.job.training.evaluate_samples if totals else None,
+        "held_out": likelihood_numbers(totals) if totals else None,
+    }
+
+
+def _speed_and_numbers(row: "Row | None") -> dict[str, Any] | None:
+    from vaejob.cli.overview import likelihood_numbers
+    from vaejob.metrics import LikelihoodTotals
+
+    if row is None:
+        return None
+    numbers = {"images_seen": row["images_seen"], "written_at": row["written_at"], "world_size": row["world_size"]}
+    numbers |= likelihood_numbers(LikelihoodTotals.from_dict(row))
+    if row["seconds"]:
+        numbers["images_per_second"] = row["images"] / row["seconds"]
+        numbers["data_wait_share"] = row["data_wait_seconds"] / row["seconds"]
+    return numbers
+
+
+def _data(run: "Overview") -> list[tuple[str, str, str | None]]:
+    """Split, address and fingerprint of the run's data sets; the fingerprints are known once a checkpoint is."""
+    train, test = run.job.data.train, run.job.data.test
+    data = [("train", train, run.newest.train_fingerprint if run.newest else None)]
+    return [*data, ("test", test, run.newest.test_fingerprint if run.newest else None)] if test else data
+
+
+def _held_out(record: "Record") -> "LikelihoodTotals | None":
+    from vaejob.metrics import LikelihoodTotals
+
+    return LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
+
+
+def _say_table(found: "list[tuple[Overview, int | None]]") -> None:
+    table = _table("run", "state", ">images", ">epochs", "best held-out bound", "last report", ">starts")
+    for run, epoch_images in found:
+        best = run.best
+        table.add_row(
+            run.job.run.name,
+            "finished" if run.finished else "unfinished",
+            f"{run.images_seen:,}\nof {run.job.training.images:,}",
+            f"{run.images_seen / epoch_images:.1f}" if epoch_images else "",
+            _bound(run, best) + f"\nat {best.images_seen:,} images" if best else "none yet",
+            _ago(run.last_report_at) if run.last_report_at else "none yet",
+            str(len(run.attempts)),
+        )
+    _print(table)
+
+
+def _say_everything(run: "Overview", epoch_images: int | None) -> None:
+    state = "finished" if run.finished else "unfinished"
+    epochs = f" ({run.images_seen / epoch_images:.1f} epochs)" if epoch_images else ""
+    say(f"run         {run.address}")
+    say(f"state       {state}, {run.images_seen:,} of {run.job.training.images:,} images{epochs}")
+    say(
+        f"starts      {len(run.attempts)}, last report {_ago(run.last_report_at) if run.last_report_at else 'none yet'}"
+    )
+    for section in ("model", "likelihood", "objective", "optimizer", "data"):
+        settings = getattr(run.job, section).model_dump(exclude={"train", "test"})
+        say(f"{section:<11} {' '.join(f'{key}={value}' for key, value in settings.items())}".replace(", ", ","))
+    for split, address, fingerprint in _data(run):
+        say(f"{split:<11} {address}{f' ({fingerprint[:12]})' if fingerprint else ''}")
+    for split in ("train", "test"):
+        _say_newest(run, split)
+    if run.records:
+        table = _table(">checkpoint", "written", ">workers", ">size", "held-out bound")
+        for record in run.records:
+            size = sum(file.size for file in record.files)
+            written = f"{datetime.fromisoformat(record.written_at):%Y-%m-%d %H:%M} UTC"
+            bound = _bound(run, record) if record.held_out else "not evaluated"
+            table.add_row(f"{record.images_seen:,}", written, str(record.world_size), f"{size / 1e6:,.1f} MB", bound)
+        say()
+        _print(table)
+
+
+def _say_newest(run: "Overview", split: str) -> None:
+    from vaejob.metrics import LikelihoodTotals
+
+    row = run.newest_row(split)
+    if row is None:
+        return
+    totals = LikelihoodTotals.from_dict(row)
+    say(f"\n{'trained on' if split == 'train' else 'held out'}, at {row['images_seen']:,} images")
+    samples = 1 if split == "train" else run.job.training.evaluate_samples
+    _, data, fingerprint = next(found for found in _data(run) if found[0] == split)
+    say(f"  {what_it_is_of(run.job, totals, samples=samples, data=data, fingerprint=fingerprint or 'unknown')}")
+    say(f"  {_numbers(totals)}")
+    if row["seconds"]:
+        workers = f"{row['world_size']} worker{'s' if row['world_size'] > 1 else ''}"
+        waited = row["data_wait_seconds"] / row["seconds"]
+        say(
+            f"  {row['images'] / row['seconds']:,.0f} images/s with {workers}, {waited:.1%} of the time spent waiting for images"
+        )
+
+
+def _bound(run: "Overview", record: "Record") -> str:
+    totals, samples = _held_out(record), run.job.training.evaluate_samples
+    assert totals is not None
+    name = "-ELBO" if samples == 1 else f"-IWAE-{samples}"
+    return _numbers(totals).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
+
+
+def _numbers(totals: "LikelihoodTotals") -> str:
+    if totals.non_finite:
+        return f"not finite for {totals.non_finite:,} of {totals.images:,} images"
+    return f"{bits(totals)}, {nats(totals)}"
+
+
+def _ago(then: datetime) -> str:
+    seconds = _age_seconds(then)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _age_seconds(then: datetime) -> float:
+    return max((datetime.now(UTC) - then).total_seconds(), 0.0)
+
+
+def _table(*headers: str) -> Any:
+    """A plain table; columns whose header starts with > hold numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 1, 0))
+    for header in headers:
+        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left", no_wrap=True)
+    return table
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # Cut off nothing where the output goes to a file or a pipe.
+    Console(highlight=False, width=console.width if console.is_terminal else 400).print(table)

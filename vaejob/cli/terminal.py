@@ -54,6 +54,8 @@ class Progress:
         match event.kind:
             case "note":
                 warn(event.body["text"])
+            case "status" if not self._quiet:
+                say(event.body["text"])
             case "row" if not self._quiet:
                 say(self._row(event.body))
             case "record" if not self._quiet:

@@ -106,8 +106,11 @@ def train_on_cluster(
     ledger cannot be written.
     """
     prepare(job)
+    address = cluster_address(job.cluster)
+    on_event(_status(f"joining the Ray cluster at {address}" if address else "starting a Ray cluster on this machine"))
     with cluster_of(job.cluster):
         wait_for_room(job.cluster)
+        on_event(_status(f"starting {job.cluster.workers} workers"))
         board = Board.remote()
         trainer = TorchTrainer(
             train_worker,
@@ -161,6 +164,14 @@ def _scaling(config: ClusterConfig) -> ScalingConfig:
     )
 
 
+def _status(text: str) -> Event:
+    return Event("status", {"text": text})
+
+
+def cluster_address(config: ClusterConfig) -> str | None:
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def cluster_of(config: ClusterConfig) -> Iterator[None]:
     """The cluster of the settings or of RAY_ADDRESS; without either one on this machine, for as long as the job."""
@@ -172,7 +183,7 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(config)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     try:
         if address:

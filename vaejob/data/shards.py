@@ -86,7 +86,7 @@ def describe_shard(key: str, data: bytes) -> Shard:
 def shard_metadata(data: bytes) -> dict[str, str]:
     """What `encode_shard` was given as metadata, and what Parquet adds to it."""
     found = pq.read_metadata(pa.BufferReader(data)).metadata or {}
-    return {key.decode(): value.decode() for key, value in found.items()}
+    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
 
 
 def read_footer(bucket: Bucket, shard: Shard) -> bytes:

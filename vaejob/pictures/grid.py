@@ -66,9 +66,7 @@ def _pairs(originals: Images, reconstructions: Images, scale: int, *, axis: int)
     return [_joined(pair, axis=axis, separator=WITHIN_PAIR) for pair in both]
 
 
-def _laid_out(
-    tiles: list[np.ndarray], *, columns: int, across: int = SEPARATOR, down: int = SEPARATOR
-) -> Image.Image:
+def _laid_out(tiles: list[np.ndarray], *, columns: int, across: int = SEPARATOR, down: int = SEPARATOR) -> Image.Image:
     empty = [np.full_like(tiles[0], BACKGROUND)] * (-len(tiles) % columns)
     rows = [(tiles + empty)[start : start + columns] for start in range(0, len(tiles), columns)]
     return _to_pillow(_joined([_joined(row, axis=2, separator=across) for row in rows], axis=1, separator=down))

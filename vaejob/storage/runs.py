@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -148,8 +149,10 @@ def choose_record(run: Bucket, which: str = "latest") -> Record:
 
 
 def held_out_nats(record: Record) -> float:
-    """Negative held-out bound of the checkpoint, in nats per image."""
+    """Negative held-out bound of the checkpoint, in nats per image; infinite if that of any image is not finite."""
     assert record.held_out is not None
+    if record.held_out["non_finite"]:
+        return math.inf
     return record.held_out["negative_bound_nats"] / record.held_out["images"]
 
 

@@ -58,7 +58,7 @@ class Report:
 class Event(NamedTuple):
     """Something that happened to the job, told to whoever watches it."""
 
-    kind: Literal["row", "record", "note", "failure"]
+    kind: Literal["row", "record", "status", "note", "failure"]
     body: dict[str, Any]
 
 

@@ -46,7 +46,7 @@ def open_source(address: str, *, column: str | None = None) -> ImageSource:
         counts = " and ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
         raise DataError(f"{address} holds {counts}; name one kind, such as {join(folder, '*' + _suffix(found))}")
     kind, chosen = found.popitem()
-    _refuse_mixed_splits(folder, chosen)
+    _refuse_mixed_splits(folder, chosen, kind=kind)
     if kind == "images":
         others = f", {len(names) - len(chosen)} other files left out" if len(names) > len(chosen) else ""
         return FolderSource(folder, chosen, f"folder {address}: {len(chosen)} images{others}")
@@ -79,12 +79,12 @@ def _suffix(found: dict[str, list[str]]) -> str:
     return "." + next(iter(found.values()))[0].rpartition(".")[2]
 
 
-def _refuse_mixed_splits(folder: str, names: list[str]) -> None:
+def _refuse_mixed_splits(folder: str, names: list[str], *, kind: str) -> None:
     """Held-out images must not slip into the training set because both lie in one folder."""
-    tops = sorted({name.split("/")[0] for name in names})
+    tops = sorted({name.split("/")[0] for name in names if "/" in name or kind != "images"})
     held_out = [top for top in tops if _HELD_OUT.match(top)]
     rest = [top for top in tops if top not in held_out]
     if held_out and rest:
-        raise DataError(
-            f"{folder} holds training and held-out images ({rest[0]}, {held_out[0]}); pack {join(folder, rest[0])} apart"
-        )
+        pattern = join(folder, re.split(r"[^A-Za-z]", rest[0])[0] + "*")
+        found = f"held-out images ({held_out[0]}) beside others ({rest[0]})"
+        raise DataError(f"{folder} holds {found}; pack them apart, by a pattern such as '{pattern}'")

@@ -10,7 +10,7 @@ import numpy as np
 
 from vaejob.data.sources.files import local_path
 from vaejob.data.sources.source import ImageSource, Sample, printable
-from vaejob.storage import join, open_bucket
+from vaejob.storage import Bucket, join, open_bucket
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,16 @@ class FolderSource:
             ]
 
     def read(self, index: int) -> bytes:
-        return open_bucket(self.address).read(self.names[index])
+        return self._bucket.read(self.names[index])
+
+    @cached_property
+    def _bucket(self) -> Bucket:
+        return open_bucket(self.address)
 
     def _identity(self, name: str) -> str:
         path = local_path(join(self.address, name))
         if path is None:
-            return str(open_bucket(self.address).size(name))
+            return str(self._bucket.size(name))
         status = path.stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 

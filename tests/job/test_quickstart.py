@@ -1,0 +1,31 @@
+"""The first thing a person runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.job.conftest import Vaejob
+
+
+@pytest.mark.ray
+def test_quickstart_ends_with_the_run_its_likelihood_and_a_picture(vaejob: Vaejob, tmp_path: Path) -> None:
+    done = vaejob("quickstart", "--bucket", tmp_path / "home")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "packed 1,444 train, 353 test images of handwritten digits" in done.stdout
+    assert done.stdout.count("checkpoint committed") == 4
+    assert f"run       {tmp_path}/home/quickstart" in done.stdout
+    held_out = re.search(r"held out  ([\d.]+) ± ([\d.]+) bits/dim", done.stdout)
+    assert held_out
+    assert 1.85 < float(held_out[1]) < 2.05
+    assert 0 < float(held_out[2]) < 0.03
+    picture = re.search(r"pictures  (\S+)", done.stdout)
+    assert picture
+    assert min(Image.open(picture[1]).size) > 200
+    assert "Traceback" not in done.stderr
+
+    again = vaejob("quickstart", "--bucket", tmp_path / "home")
+    assert again.returncode == 0
+    assert "checkpoint committed" not in again.stdout  # nothing was left to do
+    assert held_out[0] in again.stdout

@@ -1,0 +1,111 @@
+"""What is known of a run from its bucket alone, and its numbers as JSON."""
+
+import io
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from vaejob.config import JobConfig
+from vaejob.data.batches import open_data
+from vaejob.errors import CheckpointError, VaejobError
+from vaejob.likelihood.units import bits_per_dim
+from vaejob.metrics import LikelihoodTotals
+from vaejob.storage import Bucket, open_bucket
+from vaejob.storage.runs import (
+    Record,
+    Row,
+    held_out_nats,
+    newest_record,
+    read_job,
+    read_record,
+    read_rows,
+    recorded_images,
+)
+
+
+class Overview(NamedTuple):
+    """One run, as far as it got."""
+
+    address: str
+    job: JobConfig
+    newest: Record | None
+    """The newest checkpoint that is there in full."""
+    records: list[Record]
+    """Every readable checkpoint, oldest first."""
+    rows: list[Row]
+    """Its whole history, or only its last report."""
+    attempts: list[str]
+    """Every start of the job, oldest first."""
+    problems: list[str]
+    """A line for each checkpoint that is damaged."""
+
+    @property
+    def images_seen(self) -> int:
+        """By its newest checkpoint, or by a report beyond it."""
+        return max([self.newest.images_seen if self.newest else 0] + [row["images_seen"] for row in self.rows[-1:]])
+
+    @property
+    def finished(self) -> bool:
+        return self.newest is not None and self.newest.images_seen >= self.job.training.images
+
+    @property
+    def best(self) -> Record | None:
+        """The checkpoint with the best held-out bound."""
+        return min((record for record in self.records if record.held_out), key=held_out_nats, default=None)
+
+    @property
+    def last_report_at(self) -> datetime | None:
+        return datetime.fromisoformat(self.rows[-1]["written_at"]) if self.rows else None
+
+    def newest_row(self, split: str) -> Row | None:
+        return next((row for row in reversed(self.rows) if row["split"] == split), None)
+
+
+def look_at(address: str, *, whole_history: bool) -> Overview:
+    """Raises RunError where no run is."""
+    run = open_bucket(address)
+    job = read_job(run)
+    newest, problems = newest_record(run)
+    records = []
+    for images_seen in recorded_images(run):
+        try:
+            records.append(read_record(run, images_seen))
+        except CheckpointError as error:
+            problems = problems if str(error) in problems else [*problems, str(error)]
+    rows = read_rows(run) if whole_history else _last_report(run)
+    attempts = [key.removeprefix("attempts/").removesuffix(".txt") for key in run.keys("attempts/")]
+    return Overview(run.url, job, newest, records, rows, attempts, problems)
+
+
+def training_images(overview: Overview) -> int | None:
+    """Images of an epoch; None where the data is out of reach, or no longer what the run was trained on."""
+    try:
+        manifest = open_data(overview.job.data.train).manifest
+    except VaejobError:
+        return None
+    changed = overview.newest is not None and overview.newest.train_fingerprint != manifest.fingerprint
+    return None if changed else manifest.images
+
+
+def likelihood_numbers(totals: LikelihoodTotals) -> dict[str, Any]:
+    """Means per image with their standard errors, in nats and in bits/dim, at full precision."""
+    numbers: dict[str, Any] = {"images": totals.images, "dims": totals.dims, "non_finite": totals.non_finite}
+    if totals.non_finite:
+        return numbers
+    dims = totals.dims / totals.images
+    for name, in_bits in (
+        ("negative_bound", "bits_per_dim"),
+        ("distortion", "distortion_bits_per_dim"),
+        ("rate", "rate_bits_per_dim"),
+    ):
+        mean, error = totals.mean(name), totals.standard_error(name)  # type: ignore[arg-type]
+        numbers |= {f"{name}_nats": mean, f"{name}_nats_standard_error": error}
+        numbers |= {in_bits: bits_per_dim(mean, dims), f"{in_bits}_standard_error": bits_per_dim(error, dims)}
+    return numbers
+
+
+def _last_report(run: Bucket) -> list[Row]:
+    """Its file's name sorts behind all others."""
+    keys = run.keys("metrics/")
+    return pq.read_table(io.BytesIO(run.read(keys[-1]))).to_pylist() if keys else []

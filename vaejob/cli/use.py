@@ -1,0 +1,182 @@
+"""The verbs that use a trained model: evaluate, sample, reconstruct."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vaejob.cli.terminal import say, say_json, what_it_is_of
+
+if TYPE_CHECKING:
+    from vaejob.data.batches import DataSet
+    from vaejob.loaded import LoadedModel
+    from vaejob.metrics import LikelihoodTotals
+
+Run = Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")]
+Checkpoint = Annotated[str, typer.Option(help="latest, best (held-out bound), or a number of images.")]
+Data = Annotated[str | None, typer.Option(help="Address of packed images; default: the run's held-out images.")]
+Out = Annotated[str, typer.Option(help="The PNG file to write.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object, at full precision.")]
+
+
+def evaluate(
+    run: Run,
+    data: Data = None,
+    samples: Annotated[int, typer.Option(min=1, help="Codes per image: 1 gives the ELBO, K the IWAE-K bound.")] = 1,
+    checkpoint: Checkpoint = "latest",
+    workers: Annotated[int, typer.Option(min=0, help="Ray tasks to share the work; 0: this process alone.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The bound on the likelihood of a data set's images, each seen once.
+
+    \b
+    Example:
+      vaejob evaluate s3://models/mnist-iwae-1 --samples 5000 --checkpoint best --workers 8
+    """
+    from vaejob.errors import RunError
+
+    model, images = load_for(run, data, checkpoint=checkpoint)
+    if workers:
+        from vaejob.cluster.evaluate import evaluate_on_cluster
+
+        totals = evaluate_on_cluster(
+            model.address,
+            images.bucket.url,
+            checkpoint=str(model.record.images_seen),
+            samples=samples,
+            workers=workers,
+            cluster=model.job.cluster,
+        )
+    else:
+        totals = model.evaluate(images, samples=samples)
+    assert totals.images == images.manifest.images, totals
+    if totals.non_finite:
+        raise RunError(
+            f"the bound of {totals.non_finite} of {totals.images} images is not finite at the checkpoint of "
+            f"{model.record.images_seen} images, so there is no mean; choose another --checkpoint"
+        )
+    if as_json:
+        say_json(_result(model, images, totals, samples=samples))
+    else:
+        _say_result(model, images, totals, samples=samples)
+
+
+def sample(
+    run: Run,
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, max=4096, help="How many.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other samples.")] = 0,
+    mean: Annotated[bool, typer.Option("--mean", help="The mean of each pixel instead of a draw.")] = False,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Pictures drawn from the model: codes from the prior, decoded.
+
+    \b
+    Example:
+      vaejob sample s3://models/mnist-iwae-1 --out samples.png --mean
+    """
+    from vaejob.loaded import load
+    from vaejob.pictures.grid import grid, png_bytes
+
+    images = load(run, checkpoint=checkpoint, device=_device()).sample(count, seed=seed, mean=mean)
+    _write(out, png_bytes(grid(images, columns=_columns(count))))
+
+
+def reconstruct(
+    run: Run,
+    out: Out,
+    data: Data = None,
+    count: Annotated[int, typer.Option(min=1, max=4096, help="How many images.")] = 16,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Images from all over a data set, each beside what its code decodes to.
+
+    \b
+    Example:
+      vaejob reconstruct s3://models/mnist-iwae-1 --out reconstructions.png
+    """
+    from vaejob.pictures.grid import beside, png_bytes
+    from vaejob.pictures.run_pictures import reconstruct_some
+
+    model, images = load_for(run, data, checkpoint=checkpoint)
+    _write(out, png_bytes(beside(*reconstruct_some(model, images, count), pairs_per_row=_columns(count))))
+
+
+def load_for(run: str, data: str | None, *, checkpoint: str) -> "tuple[LoadedModel, DataSet]":
+    """The model of a run and the images to use it on. Raises DataError for images of another shape."""
+    from vaejob.data.batches import open_data
+    from vaejob.errors import DataError, RunError
+    from vaejob.loaded import load
+
+    model = load(run, checkpoint=checkpoint, device=_device())
+    address = data or model.job.data.test
+    if address is None:
+        raise RunError(f"{run} has no held-out images (data.test); name some with --data")
+    images = open_data(address)
+    if images.manifest.shape != model.record.shape:
+        found, right = ("x".join(map(str, shape)) for shape in (images.manifest.shape, model.record.shape))
+        raise DataError(f"{images.bucket.url} has images of {found}; this model's have {right}")
+    return model, images
+
+
+def _result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *, samples: int) -> dict[str, Any]:
+    from vaejob.cli.overview import likelihood_numbers
+
+    return {
+        "run": model.address,
+        "checkpoint": model.record.images_seen,
+        "bound": "elbo" if samples == 1 else "iwae",
+        "samples": samples,
+        **likelihood_numbers(totals),
+        "data": data.bucket.url,
+        "split": data.manifest.split,
+        "fingerprint": data.manifest.fingerprint,
+        **model.job.likelihood.model_dump(),
+    }
+
+
+def _say_result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *, samples: int) -> None:
+    from vaejob.cli.overview import likelihood_numbers
+
+    numbers = likelihood_numbers(totals)
+    for title, nats, in_bits in (
+        ("-ELBO" if samples == 1 else f"-IWAE-{samples}", "negative_bound_nats", "bits_per_dim"),
+        ("distortion", "distortion_nats", "distortion_bits_per_dim"),
+        ("rate", "rate_nats", "rate_bits_per_dim"),
+    ):
+        say(
+            f"{title:<11} {numbers[nats]:.4f} ± {numbers[f'{nats}_standard_error']:.4f} nats, "
+            f"{numbers[in_bits]:.5f} ± {numbers[f'{in_bits}_standard_error']:.5f} bits/dim"
+        )
+    if samples > 1:
+        say("            (distortion and rate are the halves of the -ELBO, of one code per image)")
+    fingerprint = data.manifest.fingerprint
+    say(
+        f"of          {what_it_is_of(model.job, totals, samples=samples, data=data.bucket.url, fingerprint=fingerprint)}"
+    )
+    say(f"split       {data.manifest.split}")
+    say(f"checkpoint  {model.record.images_seen:,} images of {model.address}")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _columns(count: int) -> int:
+    """As many as rows, or one more."""
+    return math.ceil(math.sqrt(count))
+
+
+def _write(out: str, data: bytes) -> None:
+    from vaejob.errors import UserError
+
+    path = Path(out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"--out is {out}, which cannot be written: {error.strerror}") from None
+    say(str(path))
