@@ -78,7 +78,7 @@ def test_images_of_another_shape_or_none_are_found():
     bucket, manifest = packed("keep")
     write_manifest(bucket, manifest.model_copy(update={"height": 9}))
     assert "00000.parquet row group 0 image 0 is 1 x 8 x 8" in refusal(bucket)
-    data = encode_shard([[Row(i, str(i), b"no image") for i in range(12)]], image_bytes=None, metadata={})
+    data = encode_shard([[Row(i, str(i), b"no image") for i in range(12)]], image_bytes=None, plan="")
     bucket.write("00000.parquet", data)
     write_manifest(bucket, manifest.model_copy(update={"shards": (describe_shard("00000.parquet", data),)}))
     assert "00000.parquet row group 0 image 0 is no image that can be read" in refusal(bucket)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vaejob.config import JobConfig
 from vaejob.errors import VaejobError
+from vaejob.version import VERSION as __version__
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
     from vaejob.training.worker import Event
-
-__version__ = "0.1.0"
 
 __all__ = ["JobConfig", "VaejobError", "__version__", "load", "load_config", "open_data", "train"]
 

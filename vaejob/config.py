@@ -226,7 +226,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"{override!r} is not a setting; it must read section.key=value, such as training.images=600000")
+        raise ConfigError(
+            f"{override!r} is not a setting; it must read section.key=value, such as training.images=600000"
+        )
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:

@@ -69,7 +69,7 @@ class LoadedModel:
         levels, noise = self._levels(images, ids)
         if samples == 1:
             terms = self.scorer(levels, noise.keys)
-            return -(terms.distortion + terms.rate)
+            return torch.neg(terms.distortion + terms.rate)
         return importance_bound(self.scorer.vae, self.scorer.pixels, levels, noise, samples=samples).log_likelihood
 
     def evaluate(self, data: DataSet, *, samples: int = 1, rank: int = 0, world_size: int = 1) -> LikelihoodTotals:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,9 @@ def load_config(address: str, overrides: tuple[str, ...] = ()) -> JobConfig:
         try:
             text = open_bucket(folder).read(name).decode()
         except (ObjectMissing, UnicodeDecodeError):
-            raise ConfigError(f"{address} is neither a configuration file nor a recipe ({', '.join(recipes())})") from None
+            raise ConfigError(
+                f"{address} is neither a configuration file nor a recipe ({', '.join(recipes())})"
+            ) from None
     job = parse_config(text, overrides, source=address)
     # The addresses are kept as they read from any working directory: of a worker, or of a later resume.
     run = job.run.model_copy(update={"bucket": absolute(job.run.bucket)})
@@ -170,7 +172,7 @@ def restorable(run: Bucket) -> tuple[Record | None, dict[str, Tensor] | None, li
 
     Raises CheckpointError if there are records and none can be restored: starting over would hide the loss.
     """
-    damage = []
+    damage: list[str] = []
     for images_seen in reversed(recorded_images(run)):
         try:
             record = read_record(run, images_seen)
@@ -191,7 +193,7 @@ class ThisProcess:
         self.should_stop = should_stop
 
     def report(self, report: Report) -> None:
-        self._ledger.add([report])
+        self._ledger.add([[report]])
 
     def told_by_first(self, value: Told) -> Told:
         return value

@@ -74,7 +74,9 @@ Vaejob = Callable[..., subprocess.CompletedProcess[str]]
 def vaejob() -> Vaejob:
     """Runs a verb in a process of its own."""
 
-    def run(*arguments: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "vaejob", *map(str, arguments)]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False

@@ -94,9 +94,9 @@ def test_damaged_shard(
 def test_more_workers_than_the_cluster_holds(vaejob: Vaejob, job_file: Path, ray_head: dict[str, str]) -> None:
     settings = ["cluster.workers=9", "cluster.wait_seconds=1"]
     line = refused(vaejob, "train", job_file, *settings, status=3, env=ray_head)
-    assert "cluster.workers is 9: they ask for 9 CPUs, the cluster has 4 CPUs" in line
+    assert "cluster.workers is 9: they ask for 9 CPUs, the cluster has 4 CPUs (4 free)" in line
     gpus = refused(vaejob, "train", job_file, *settings, "cluster.gpus_per_worker=1", status=3, env=ray_head)
-    assert "9 GPUs, the cluster has 4 CPUs and 0 GPUs" in gpus
+    assert "9 GPUs, the cluster has 4 CPUs (4 free) and 0 GPUs (0 free)" in gpus
 
 
 @pytest.mark.ray

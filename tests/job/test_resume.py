@@ -77,7 +77,12 @@ def test_two_workers_then_one_then_three_see_the_batches_of_one(
     epoch = 1444
     for workers, images in ((2, epoch + 8 * 64), (1, 2 * epoch + 17 * 64), (3, 6000)):  # where batches end
         part = vaejob(
-            "train", job_file, "run.name=changing", f"training.images={images}", f"cluster.workers={workers}", env=ray_head
+            "train",
+            job_file,
+            "run.name=changing",
+            f"training.images={images}",
+            f"cluster.workers={workers}",
+            env=ray_head,
         )
         assert part.returncode == 0, part.stderr
 

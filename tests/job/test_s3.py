@@ -14,7 +14,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3]
 def test_job_streams_from_s3_and_every_number_of_workers_scores_it_alike(
     vaejob: Vaejob, ray_head: dict[str, str], s3_bucket: str, digits_npz: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    packed = vaejob("pack", digits_npz, f"{s3_bucket}/digits", "--split", "train=0.8,test=0.2", "--row-group-bytes", "6400")
+    packed = vaejob(
+        "pack", digits_npz, f"{s3_bucket}/digits", "--split", "train=0.8,test=0.2", "--row-group-bytes", "6400"
+    )
     assert packed.returncode == 0, packed.stderr
     path = tmp_path_factory.mktemp("s3-job") / "job.yaml"
     path.write_text(

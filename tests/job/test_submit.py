@@ -1,8 +1,8 @@
 """The same job on a cluster that an operator started, by Ray's Jobs API."""
 
+import os
 import subprocess
 import sys
-import os
 import time
 from pathlib import Path
 

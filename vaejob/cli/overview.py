@@ -43,7 +43,8 @@ class Overview(NamedTuple):
     @property
     def images_seen(self) -> int:
         """By its newest checkpoint, or by a report beyond it."""
-        return max([self.newest.images_seen if self.newest else 0] + [row["images_seen"] for row in self.rows[-1:]])
+        reported: int = self.rows[-1]["images_seen"] if self.rows else 0
+        return max(reported, self.newest.images_seen if self.newest else 0)
 
     @property
     def finished(self) -> bool:

@@ -9,7 +9,8 @@ from vaejob.cli.terminal import say
 from vaejob.cli.train import STOPPED, Overrides
 
 Address = Annotated[
-    str | None, typer.Option(help="Jobs API of the cluster's head; default RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265.")
+    str | None,
+    typer.Option(help="Jobs API of the cluster's head; default RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265."),
 ]
 
 
@@ -55,7 +56,7 @@ def logs(
     from vaejob.storage import absolute
 
     client = jobs.connect(address)
-    job_id = jobs.find_job(absolute(run), client).submission_id
+    job_id = jobs.find_job(absolute(run), client)
     if follow:
         raise typer.Exit(jobs.follow_job(job_id, client, write=_write))
     _write(client.get_job_logs(job_id))
@@ -72,7 +73,7 @@ def stop(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME
     from vaejob.storage import absolute
 
     client = jobs.connect(address)
-    status = jobs.stop_job(jobs.find_job(absolute(run), client).submission_id, client)
+    status = jobs.stop_job(jobs.find_job(absolute(run), client), client)
     words = {0: "had already ended", STOPPED: "stopped, with a checkpoint"}
     say(f"{words.get(status, f'ended with status {status}')}; go on with: vaejob resume {run}")
 

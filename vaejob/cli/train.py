@@ -10,6 +10,8 @@ import typer
 from vaejob.cli.terminal import Progress, bits, nats, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vaejob.config import JobConfig
 
 STOPPED = 85
@@ -83,7 +85,7 @@ def quickstart(
     run_job(load_config("quickstart", *settings, f"cluster.workers={workers}"), quiet=False, as_json=False)
 
 
-def _digits():  # type: ignore[no-untyped-def]
+def _digits() -> "tuple[np.ndarray, list[str]]":
     """1,797 handwritten digits of 8x8 pixels, their 17 grey levels stretched to 0..255."""
     from sklearn.datasets import load_digits
 

@@ -13,8 +13,9 @@ import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from vaejob import errors
 from vaejob.cluster.worker import failure, train_worker
@@ -29,7 +30,6 @@ COLLECTIVE_TIMEOUT_SECONDS = 300
 LAST_WRITES_SECONDS = 300
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """Where the driver's process, the controller and the workers leave word for one another."""
 
@@ -59,15 +59,16 @@ class KeepLedger(UserCallback):
 
     def __init__(self, job: JobConfig, board: Any) -> None:
         self._job, self._board = job, board
-        self._reports: queue.Queue[list[Report]] | None = None
+        self._reports: queue.Queue[list[list[Report]]] | None = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if self._reports is None:
             self._reports = queue.Queue()
             threading.Thread(target=self._write, args=(self._reports,), name="ledger", daemon=True).start()
-        reports = [Report.from_dict(report) for report in metrics]
+        of_ranks = [[Report.from_dict(report) for report in message["reports"]] for message in metrics]
+        reports = [list(same_moment) for same_moment in zip(*of_ranks, strict=True)]
         self._reports.put(reports)
-        if reports[0].last:
+        if reports[-1][0].last:
             self._wait_for_writes(self._reports)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -75,7 +76,7 @@ class KeepLedger(UserCallback):
             text = f"worker {rank} failed: {_first_line(error)}"
             self._board.post.remote(Event("note", {"text": text}))
 
-    def _write(self, reports: "queue.Queue[list[Report]]") -> None:
+    def _write(self, reports: "queue.Queue[list[list[Report]]]") -> None:
         ledger = None
         while True:
             item = reports.get()
@@ -91,7 +92,7 @@ class KeepLedger(UserCallback):
     def _post(self, event: Event) -> None:
         ray.get(self._board.post.remote(event))
 
-    def _wait_for_writes(self, reports: "queue.Queue[list[Report]]") -> None:
+    def _wait_for_writes(self, reports: "queue.Queue[list[list[Report]]]") -> None:
         deadline = time.monotonic() + LAST_WRITES_SECONDS
         while reports.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -111,7 +112,7 @@ def train_on_cluster(
     with cluster_of(job.cluster):
         wait_for_room(job.cluster)
         on_event(_status(f"starting {job.cluster.workers} workers"))
-        board = Board.remote()
+        board = ray.remote(num_cpus=0)(Board).remote()
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job.model_dump(), "board": board},
@@ -159,9 +160,7 @@ def _scaling(config: ClusterConfig) -> ScalingConfig:
     resources = {"CPU": float(config.cpus_per_worker)}
     if config.gpus_per_worker:
         resources["GPU"] = float(config.gpus_per_worker)
-    return ScalingConfig(
-        num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
-    )
+    return ScalingConfig(num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources)
 
 
 def _status(text: str) -> Event:
@@ -193,7 +192,9 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
             cpus = max(os.cpu_count() or 1, 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace="vaejob", **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster could be reached at {address or 'this machine'}: {_first_line(error)}") from error
+        raise ClusterError(
+            f"no Ray cluster could be reached at {address or 'this machine'}: {_first_line(error)}"
+        ) from error
     try:
         yield
     finally:
@@ -201,19 +202,20 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
 
 
 def wait_for_room(config: ClusterConfig) -> None:
-    """Waits until the cluster could hold the workers. Raises ClusterError with what was asked and what there is."""
+    """Waits until the cluster has room for the workers. Raises ClusterError with what was asked and what there is."""
     asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
     deadline = time.monotonic() + config.wait_seconds
     while True:
-        there = ray.cluster_resources()
-        if all(there.get(kind, 0) >= number for kind, number in asked.items()):
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        if all(free.get(kind, 0) >= number for kind, number in asked.items()):
             return
         if time.monotonic() >= deadline:
             break
         time.sleep(0.5)
     wants = " and ".join(f"{number} {kind}s" for kind, number in asked.items() if number)
-    has = " and ".join(f"{there.get(kind, 0):g} {kind}s" for kind in asked)
-    nodes = len([node for node in ray.nodes() if node["Alive"]])
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    has = " and ".join(f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in asked)
+    nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
     raise ClusterError(
         f"cluster.workers is {config.workers}: they ask for {wants}, the cluster has {has} on {nodes} nodes; "
         f"waited {config.wait_seconds:g} s (cluster.wait_seconds)"
@@ -227,15 +229,12 @@ def _cause(error: BaseException) -> BaseException:
         current = seen.pop(0)
         if isinstance(current, VaejobError):
             return current
-        seen += [inner for inner in (current.__cause__, *_inner(current)) if inner is not None]
+        # WorkerGroupError keeps what each rank raised, RayTaskError what the task raised.
+        inner = [current.__cause__, getattr(current, "cause", None), *getattr(current, "worker_failures", {}).values()]
+        seen += [error for error in inner if isinstance(error, BaseException)]
     if isinstance(error, ray.exceptions.RayError):
         return ClusterError(f"the cluster was lost: {_first_line(error)}; repeat the command to continue the run")
     return error
-
-
-def _inner(error: BaseException) -> list[BaseException]:
-    inner = list(getattr(error, "worker_failures", {}).values())
-    return [*inner, getattr(error, "cause", None)] if hasattr(error, "cause") else inner
 
 
 def _first_line(error: BaseException) -> str:

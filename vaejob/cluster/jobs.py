@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-import vaejob
 from vaejob.config import JobConfig
 from vaejob.errors import ClusterError, RunError
 from vaejob.run import run_address
@@ -38,7 +37,7 @@ def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
     """
     elsewhere = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": None})})
     with tempfile.TemporaryDirectory(prefix="vaejob-submit-") as folder:
-        package = Path(vaejob.__file__).parent
+        package = Path(__file__).parents[1]
         shutil.copytree(package, Path(folder) / "vaejob", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "job.yaml").write_text(elsewhere.to_yaml())
         try:
@@ -52,12 +51,12 @@ def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
             raise ClusterError(f"the cluster refused the job: {str(error).strip().splitlines()[0]}") from error
 
 
-def find_job(run: str, client: JobSubmissionClient) -> JobDetails:
-    """The newest Ray job of a run. Raises RunError if the cluster has none."""
+def find_job(run: str, client: JobSubmissionClient) -> str:
+    """The id of a run's newest Ray job. Raises RunError if the cluster has none."""
     jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("vaejob_run") == run.rstrip("/")]
     if not jobs:
         raise RunError(f"no job of {run} was submitted to this cluster")
-    return max(jobs, key=lambda job: job.start_time or 0)
+    return max(jobs, key=lambda job: job.start_time or 0).submission_id or ""
 
 
 def follow_job(job_id: str, client: JobSubmissionClient, *, write: Callable[[str], None]) -> int:

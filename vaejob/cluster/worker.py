@@ -1,5 +1,6 @@
 """One rank of a job inside a Ray Train worker."""
 
+import time
 from typing import Any
 
 import ray
@@ -12,6 +13,8 @@ from vaejob.errors import UserError
 from vaejob.run import work
 from vaejob.training.worker import Event, Report, Told
 
+SECONDS_BETWEEN_MESSAGES = 1.0
+
 
 class RayWorker:
     """Fills in the loop's view of the world from Ray's context."""
@@ -22,10 +25,18 @@ class RayWorker:
         self.world_size = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._board = board
+        self._reports: list[Report] = []
+        self._sent_at = time.monotonic()
 
     def report(self, report: Report) -> None:
-        # The other modes make this wait, for the controller's poll or for an upload; ASYNC never does.
-        ray.train.report(report.to_dict(), checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
+        """Reports travel together about once a second: Ray's controller takes one message at each of its polls."""
+        self._reports.append(report)
+        if report.last or self.told_by_first(time.monotonic() - self._sent_at > SECONDS_BETWEEN_MESSAGES):
+            message = {"reports": [report.to_dict() for report in self._reports]}
+            # The other modes make this wait, for the controller's poll or for an upload; ASYNC never does.
+            ray.train.report(message, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
+            self._reports = []
+            self._sent_at = time.monotonic()
 
     def told_by_first(self, value: Told) -> Told:
         if self.world_size == 1:
@@ -51,4 +62,6 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def failure(error: Exception) -> Event:
     """An error as the driver's process is told of it."""
-    return Event("failure", {"error": type(error).__name__, "text": (str(error) or type(error).__name__).splitlines()[0]})
+    return Event(
+        "failure", {"error": type(error).__name__, "text": (str(error) or type(error).__name__).splitlines()[0]}
+    )

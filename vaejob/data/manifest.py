@@ -41,6 +41,8 @@ class Shard(_Part):
     sha256: str
     footer_size: int = Field(ge=1)
     """Bytes at the end of the file that hold Parquet's footer, its length and its magic: file[size - footer_size:]."""
+    footer_crc32: int = Field(ge=0, lt=2**32)
+    """zlib.crc32 of those bytes; a damaged footer is not to reach Parquet's parser, which may end the process."""
     row_groups: tuple[RowGroup, ...] = Field(min_length=1)
 
     @property
@@ -95,7 +97,9 @@ def read_manifest(bucket: Bucket) -> Manifest:
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise DataError(f"{address} is damaged: {where}: {problem['msg']}; pack the data again") from None
     if (rows := sum(shard.rows for shard in manifest.shards)) != manifest.images:
-        raise DataError(f"{address} is damaged: its shards hold {rows} rows, it says {manifest.images} images; pack again")
+        raise DataError(
+            f"{address} is damaged: its shards hold {rows} rows, it says {manifest.images} images; pack again"
+        )
     return manifest
 
 

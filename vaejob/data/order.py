@@ -125,7 +125,8 @@ class EpochOrder:
         rows = np.arange(low, high, dtype=np.int64)
         hashes = (_hashes(hash_of(self._key, 1, lane), rows) >> np.uint64(32)).astype(np.int64)
         by_key = np.argsort((rows << 32) + hashes * window, kind="stable")
-        return rows[by_key[start - low : stop - low]]
+        displaced: np.ndarray = rows[by_key[start - low : stop - low]]
+        return displaced
 
     def rows(self, lane: int, start: int, stop: int) -> np.ndarray:
         """Sample ids (rows of the data set) at the lane's offsets [start, stop); shape [stop - start], int64."""

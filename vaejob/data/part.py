@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from typing import NamedTuple, TypeVar
 
 from vaejob.data.ahead import map_ahead
 from vaejob.data.fingerprint import sample_digest
 from vaejob.data.manifest import Shard
 from vaejob.data.recipe import Recipe, prepare
-from vaejob.data.shards import Row, describe_shard, encode_shard, parse_row_group, shard_metadata
+from vaejob.data.shards import Row, describe_shard, encode_shard, is_ours, shard_plan
 from vaejob.data.sources import ImageSource
 from vaejob.data.verify import shard_digests
 from vaejob.errors import DataError, ObjectMissing
@@ -82,30 +81,14 @@ def _kept_shard(part: Part, key: str, *, first_id: int, plan: str) -> Packed | N
     """The shard of this plan under the key; None if there is none, or a damaged one."""
     try:
         data = part.bucket.read(key)
-        shard = describe_shard(key, data)
-    except (ObjectMissing, DataError):
+    except ObjectMissing:
         return None
-    metadata = shard_metadata(data)
-    if not any(name.startswith("vaejob.") for name in metadata):
+    if not is_ours(data):
         raise DataError(f"{join(part.bucket.url, key)} was not written by vaejob pack; choose another DEST")
-    if metadata.get("vaejob.plan") != plan:
+    if shard_plan(data) != plan:
         return None
-    try:
-        digests = shard_digests(shard, data, first_id=first_id, shape=part.recipe.shape)
-        rows = [_stored_rows(part, shard, index, data) for index in range(len(shard.row_groups))]
-    except DataError:
-        return None
-    # The bytes hold a hash of the rows, so rows and bytes cannot both be damaged and still agree.
-    return Packed(shard, digests) if _shard_bytes(rows, part.recipe, plan=plan) == data else None
-
-
-def _stored_rows(part: Part, shard: Shard, index: int, data: bytes) -> list[Row]:
-    group, footer = shard.row_groups[index], data[len(data) - shard.footer_size :]
-    ids, images = parse_row_group(shard, index, body=data[group.offset : group.offset + group.size], footer=footer)
-    if int(ids[-1]) >= len(part.indices):
-        raise DataError(f"{shard.key} holds more rows than the split")
-    keys = (part.source.samples[part.indices[sample_id]].key for sample_id in ids)
-    return [Row(int(sample_id), key, bytes(image)) for sample_id, key, image in zip(ids, keys, images, strict=True)]
+    shard = describe_shard(key, data)
+    return Packed(shard, shard_digests(shard, data, first_id=first_id, shape=part.recipe.shape))
 
 
 def _load(part: Part, *, start: int) -> Iterator[Loaded]:
@@ -124,17 +107,10 @@ def _row_bytes(loaded: Loaded) -> int:
 
 
 def _write_shard(part: Part, key: str, groups: list[list[Loaded]], *, plan: str) -> Packed:
-    data = _shard_bytes([[loaded.row for loaded in group] for group in groups], part.recipe, plan=plan)
+    rows = [[loaded.row for loaded in group] for group in groups]
+    data = encode_shard(rows, image_bytes=part.recipe.image_bytes, plan=plan)
     part.bucket.write(key, data)
     return Packed(describe_shard(key, data), sum(loaded.digest for group in groups for loaded in group))
-
-
-def _shard_bytes(groups: list[list[Row]], recipe: Recipe, *, plan: str) -> bytes:
-    rows = hashlib.sha256()
-    for row in chain.from_iterable(groups):
-        rows.update(struct.pack("<qQ", row.id, len(row.image)) + row.image)
-    metadata = {"vaejob.plan": plan, "vaejob.rows": rows.hexdigest()}
-    return encode_shard(groups, image_bytes=recipe.image_bytes, metadata=metadata)
 
 
 def _by_bytes(items: Iterable[Item], *, limit: int, size: Callable[[Item], int]) -> Iterator[list[Item]]:

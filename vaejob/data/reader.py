@@ -69,9 +69,7 @@ class RowGroupReader:
             self._held.popitem(last=False)
         return self._held[group]
 
-    def _gather(
-        self, ids: np.ndarray, groups: np.ndarray, fetched: dict[int, Future[RowGroupColumns]]
-    ) -> np.ndarray:
+    def _gather(self, ids: np.ndarray, groups: np.ndarray, fetched: dict[int, Future[RowGroupColumns]]) -> np.ndarray:
         shape = self._manifest.shape
         images = np.empty((len(ids), *shape), dtype=np.uint8)
         flat = images.reshape(len(ids), self._manifest.dims)
@@ -82,7 +80,7 @@ class RowGroupReader:
                 flat[chosen] = columns.images[rows]
             else:
                 for place, row in zip(chosen, rows, strict=True):
-                    key = f"{self._places[group][0].key} image {self._first_ids[group] + row}"
+                    key = f"{self._bucket.url}/{self._places[group][0].key} image {self._first_ids[group] + row}"
                     images[place] = decode_image(columns.images[row], key, shape=shape)
         return images
 
@@ -105,6 +103,9 @@ class RowGroupReader:
             first = int(self._first_ids[group])
             if not np.array_equal(columns.ids, np.arange(first, first + place.rows)):
                 raise DataError(f"{self._bucket.url}/{shard.key} row group {index}: its ids do not start at {first}")
+            if isinstance(columns.images, np.ndarray) and columns.images.shape[1] != self._manifest.dims:
+                found = f"its images have {columns.images.shape[1]} bytes, by the manifest {self._manifest.dims}"
+                raise DataError(f"{self._bucket.url}/{shard.key} row group {index}: {found}")
             return columns
         raise AssertionError("unreachable")
 
@@ -112,7 +113,9 @@ class RowGroupReader:
         """A store that answers, but has not what the manifest names, will not have it on another try."""
         if (size := self._bucket.size(shard.key)) != shard.size:
             found = "gone" if size is None else f"{size} bytes long"
-            raise DataError(f"{self._bucket.url}/{shard.key} is {found}; the manifest says {shard.size} bytes") from None
+            raise DataError(
+                f"{self._bucket.url}/{shard.key} is {found}; the manifest says {shard.size} bytes"
+            ) from None
 
     def _read_footer(self, shard: Shard) -> bytes:
         return self._bucket.read(shard.key, shard.size - shard.footer_size, shard.size)

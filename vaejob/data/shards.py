@@ -5,7 +5,6 @@ Nothing is compressed and nothing is null, so a row group is one stretch of the 
 
 import hashlib
 import zlib
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ from vaejob.errors import DataError
 from vaejob.storage import Bucket
 
 _ONE_PAGE = 1 << 30
+_SEAL = b"vaejob-seal:"
+_OPEN = b"0" * 64
 
 
 class Row(NamedTuple):
@@ -37,11 +38,14 @@ class RowGroupColumns(NamedTuple):
     """Raw: uint8 [rows, C*H*W]; encoded: one image file each."""
 
 
-def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None, metadata: Mapping[str, str]) -> bytes:
-    """A Parquet file of these row groups; image_bytes is the length of every image, or None where they differ."""
+def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None, plan: str) -> bytes:
+    """A Parquet file of these row groups, which holds a hash of itself and of what it was packed from, its plan.
+
+    image_bytes is the length of every image, or None where they differ.
+    """
     image_type = pa.binary() if image_bytes is None else pa.binary(image_bytes)
     fields = (("id", pa.int64()), ("key", pa.string()), ("image", image_type))
-    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=dict(metadata))
+    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
     file = pa.BufferOutputStream()
     with pq.ParquetWriter(
         file,
@@ -57,7 +61,27 @@ def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None, metada
                 pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(rows))
-    return file.getvalue().to_pybytes()  # type: ignore[no-any-return]
+        writer.add_key_value_metadata({"vaejob.plan": plan, "vaejob.seal": (_SEAL + _OPEN).decode()})
+    return _sealed(file.getvalue().to_pybytes())
+
+
+def shard_plan(data: bytes) -> str | None:
+    """The plan of a shard that `encode_shard` made and nothing has damaged since; None for any other bytes."""
+    place = data.rfind(_SEAL) + len(_SEAL)
+    if place < len(_SEAL) or _sealed(data[:place] + _OPEN + data[place + len(_OPEN) :]) != data:
+        return None
+    return str(pq.read_metadata(pa.BufferReader(data)).metadata[b"vaejob.plan"].decode())
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether these bytes come from `encode_shard`, damaged or not."""
+    return b"vaejob.plan" in data or _SEAL in data
+
+
+def _sealed(data: bytes) -> bytes:
+    """The bytes with their hash in the place that was left open for it."""
+    place = data.rindex(_SEAL + _OPEN) + len(_SEAL)
+    return data[:place] + hashlib.sha256(data).hexdigest().encode() + data[place + len(_OPEN) :]
 
 
 def describe_shard(key: str, data: bytes) -> Shard:
@@ -73,20 +97,15 @@ def describe_shard(key: str, data: bytes) -> Shard:
         groups.append(RowGroup(rows=metadata.row_group(index).num_rows, offset=start, size=stop - start, crc32=crc32))
     if not groups:
         raise DataError(f"{key} holds no rows")
-    last = groups[-1]
+    footer = data[groups[-1].offset + groups[-1].size :]
     return Shard(
         key=key,
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        footer_size=len(data) - last.offset - last.size,
+        footer_size=len(footer),
+        footer_crc32=zlib.crc32(footer),
         row_groups=tuple(groups),
     )
-
-
-def shard_metadata(data: bytes) -> dict[str, str]:
-    """What `encode_shard` was given as metadata, and what Parquet adds to it."""
-    found = pq.read_metadata(pa.BufferReader(data)).metadata or {}
-    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
 
 
 def read_footer(bucket: Bucket, shard: Shard) -> bytes:
@@ -106,31 +125,33 @@ def parse_row_group(shard: Shard, index: int, body: bytes, footer: bytes) -> Row
     Raises DataError, naming shard and row group, if they are not what the manifest says.
     """
     name, group = f"{shard.key} row group {index}", shard.row_groups[index]
-    if len(body) != group.size:
-        raise DataError(f"{name}: it has {len(body)} bytes, the manifest says {group.size}")
-    if (found := zlib.crc32(body)) != group.crc32:
-        raise DataError(f"{name}: checksum is {found:08x}, the manifest says {group.crc32:08x}")
+    _check(name, body, size=group.size, crc32=group.crc32)
+    _check(f"{name}, footer of the shard", footer, size=shard.footer_size, crc32=shard.footer_crc32)
     try:
-        metadata = _parse_footer(footer)
-        # Without this a damaged footer could point at other bytes of the body.
-        if _row_group_span(metadata, index) != (group.offset, group.offset + group.size):
-            raise DataError(f"{name}: the shard's footer does not match the manifest")
-        file = pa.PythonFile(_Window(pa.py_buffer(body), start=group.offset, file_size=shard.size), mode="r")
-        parquet = pq.ParquetFile(file, metadata=metadata)
+        window = _Window(pa.py_buffer(body), start=group.offset, file_size=shard.size)
+        parquet = pq.ParquetFile(pa.PythonFile(window, mode="r"), metadata=_parse_footer(footer))
         table = parquet.read_row_group(index, columns=["id", "image"], use_threads=False)
     except (pa.ArrowException, OSError, IndexError) as error:
         raise DataError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
     if len(table) != group.rows:
         raise DataError(f"{name}: it has {len(table)} rows, the manifest says {group.rows}")
-    return RowGroupColumns(ids=table["id"].to_numpy(), images=_images(table["image"].combine_chunks()))
+    return RowGroupColumns(ids=table["id"].to_numpy(), images=_images(table["image"]))
+
+
+def _check(name: str, data: bytes, *, size: int, crc32: int) -> None:
+    if len(data) != size:
+        raise DataError(f"{name}: it has {len(data)} bytes, the manifest says {size}")
+    if (found := zlib.crc32(data)) != crc32:
+        raise DataError(f"{name}: checksum is {found:08x}, the manifest says {crc32:08x}")
 
 
 def _images(column: Any) -> np.ndarray | list[bytes]:
     if not pa.types.is_fixed_size_binary(column.type):
         return column.to_pylist()  # type: ignore[no-any-return]
-    width = column.type.byte_width
-    pixels = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-    return pixels[column.offset * width : (column.offset + len(column)) * width].reshape(len(column), width)
+    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    width = whole.type.byte_width
+    pixels = np.frombuffer(whole.buffers()[1], dtype=np.uint8)
+    return pixels[whole.offset * width : (whole.offset + len(whole)) * width].reshape(len(whole), width)
 
 
 def _row_group_span(metadata: Any, index: int) -> tuple[int, int]:

@@ -118,7 +118,7 @@ def recorded_images(run: Bucket) -> list[int]:
 
 def newest_record(run: Bucket) -> tuple[Record | None, list[str]]:
     """The newest record whose files are all there in full, and a line for each newer one that was passed over."""
-    damage = []
+    damage: list[str] = []
     for images_seen in reversed(recorded_images(run)):
         try:
             record = read_record(run, images_seen)

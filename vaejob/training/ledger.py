@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from vaejob import __version__
 from vaejob.config import JobConfig
 from vaejob.errors import CheckpointError
 from vaejob.metrics import LikelihoodTotals
@@ -25,6 +24,7 @@ from vaejob.storage.runs import (
     write_rows,
 )
 from vaejob.training.worker import Event, Report
+from vaejob.version import VERSION
 
 
 class Ledger:
@@ -50,17 +50,20 @@ class Ledger:
         self._held_out: dict[tuple[str, int], LikelihoodTotals] = {}
         self._shares: dict[tuple[str, int], dict[int, StateFile]] = {}
 
-    def add(self, reports: Sequence[Report]) -> None:
-        """One report of every rank, all made at the same images_seen. Raises what the bucket raises."""
-        first = reports[0]
-        assert sorted(report.rank for report in reports) == list(range(first.world_size)), reports
-        assert {report.images_seen for report in reports} == {first.images_seen}, reports
-        rows = list(self._rows(reports))
+    def add(self, moments: Sequence[Sequence[Report]]) -> None:
+        """For each moment, in order, one report of every rank. Raises what the bucket raises."""
+        rows = [row for reports in moments for row in self._rows(reports)]
         if rows:
             write_rows(self._run, rows, sequence=self._sequence)
             self._sequence += 1
         for row in rows:
             self._on_event(Event("row", row))
+        for reports in moments:
+            self._take_shares(reports)
+
+    def _take_shares(self, reports: Sequence[Report]) -> None:
+        """Commits each state of which all ranks have now written their share."""
+        first = reports[0]
         for note in first.notes:
             self._on_event(Event("note", {"text": note}))
         for report in reports:
@@ -75,6 +78,8 @@ class Ledger:
 
     def _rows(self, reports: Sequence[Report]) -> list[Row]:
         first = reports[0]
+        assert sorted(report.rank for report in reports) == list(range(first.world_size)), reports
+        assert {report.images_seen for report in reports} == {first.images_seen}, reports
         common = {
             "images_seen": first.images_seen,
             "attempt": first.attempt,
@@ -141,7 +146,11 @@ class Ledger:
 def versions() -> dict[str, str]:
     """Of what computes and what stores."""
     packages = ("torch", "ray", "pyarrow", "safetensors", "obstore", "numpy")
-    return {"vaejob": __version__, "python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {
+        "vaejob": VERSION,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
 
 
 def _now() -> str:

@@ -78,18 +78,16 @@ def train_step(
 def make_scorer(job: JobConfig, *, shape: tuple[int, int, int]) -> NegativeELBO:
     """The model of a job with its initial weights. Raises ConfigError for sizes that do not fit the images."""
     pixels = make_pixels(job.likelihood)
-    vae = build_model(
-        job.model, shape=shape, parameters_per_channel=pixels.parameters_per_channel, seed=job.run.seed
-    )
+    vae = build_model(job.model, shape=shape, parameters_per_channel=pixels.parameters_per_channel, seed=job.run.seed)
     return NegativeELBO(vae, pixels)
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     match config.name:
         case "adam":
-            return torch.optim.Adam(model.parameters(), fused=True, **settings)
+            return torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
         case "adamw":
-            return torch.optim.AdamW(model.parameters(), fused=True, **settings)
+            return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
         case "adamax":
-            return torch.optim.Adamax(model.parameters(), foreach=True, **settings)
+            return torch.optim.Adamax(model.parameters(), lr=rate, weight_decay=decay, foreach=True)

@@ -20,7 +20,7 @@ class Report:
     attempt_started_at_images: int
     rank: int
     world_size: int
-    train: LikelihoodTotals = LikelihoodTotals()
+    train: LikelihoodTotals = field(default_factory=LikelihoodTotals)
     objective_nats: float = 0.0
     ids_digest: int = 0
     learning_rate: float = 0.0

@@ -1,0 +1,292 @@
+"""Batches hold the pixels that were packed, whatever the workers; damage is refused, or healed by reading again."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from vaejob.config import DataConfig
+from vaejob.data.batches import Batch, DataSet, open_data
+from vaejob.data.manifest import read_manifest
+from vaejob.data.pack import pack
+from vaejob.data.reader import RowGroupReader
+from vaejob.data.shards import parse_row_group
+from vaejob.data.sources import ArraySource
+from vaejob.errors import BucketError, DataError, VaejobError
+from vaejob.storage import Bucket, open_bucket
+
+IMAGES = 700
+
+
+class Packed(NamedTuple):
+    """Pixels, and the address of the shards that hold them."""
+
+    pixels: np.ndarray
+    address: str
+
+
+@pytest.fixture(scope="module", params=["raw grey", "encoded RGB"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    encoding, colours = request.param.split()
+    channels = 3 if colours == "RGB" else 1
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, channels, 6, 5), dtype=np.uint8)
+    folder = tmp_path_factory.mktemp("packed")
+    pack(
+        ArraySource("noise", pixels),
+        str(folder),
+        split="train",
+        encoding="raw" if encoding == "raw" else "keep",
+        shard_bytes=200 * 30,
+        row_group_bytes=37 * 30,
+    )
+    data = open_data(str(folder / "train"))
+    assert data.manifest.encoding == encoding
+    assert len(data.manifest.shards) > 2
+    assert len(data.manifest.row_group_rows()) > 10
+    return Packed(pixels, data.bucket.url)
+
+
+@pytest.fixture
+def copy(packed: Packed, tmp_path: Path) -> Path:
+    """The packed data in a folder of the test's own, to be damaged."""
+    return Path(shutil.copytree(packed.address, tmp_path / "copy"))
+
+
+def config(**settings: int) -> DataConfig:
+    return DataConfig(train="unused", **{"global_batch": 64, "lanes": 4, "window_rows": 50, **settings})
+
+
+def epochs(
+    data: DataSet, *, rank: int = 0, world_size: int = 1, until: int = IMAGES + 100, **settings: int
+) -> Iterator[Batch]:
+    return data.training_batches(
+        config(**settings), seed=3, images_seen=0, until=until, rank=rank, world_size=world_size
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_hold_the_pixels_that_were_packed(packed: Packed, world_size: int) -> None:
+    data, seen = open_data(packed.address), []
+    for rank in range(world_size):
+        for batch in epochs(data, rank=rank, world_size=world_size):
+            assert batch.images.dtype == np.uint8
+            assert np.array_equal(batch.images, packed.pixels[batch.ids])
+            seen.append((batch.place.epoch, batch.ids))
+    first = np.concatenate([ids for epoch, ids in seen if epoch == 0])
+    assert sorted(first) == list(range(IMAGES))
+    assert sum(len(ids) for _, ids in seen) == IMAGES + 100
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 100])
+def test_world_size_does_not_change_the_images(packed: Packed, world_size: int) -> None:
+    """With more workers than images in a batch, some get an empty part of the right shape."""
+    data = open_data(packed.address)
+    ranks = [epochs(data, rank=rank, world_size=world_size, until=150) for rank in range(world_size)]
+    for whole, *parts in zip(epochs(data, until=150), *ranks, strict=True):
+        assert np.array_equal(np.concatenate([part.images for part in parts]), whole.images)
+
+
+@pytest.mark.parametrize("prefetch_batches", [1, 16])
+def test_reading_ahead_changes_nothing(packed: Packed, prefetch_batches: int) -> None:
+    data = open_data(packed.address)
+    for batch, again in zip(epochs(data), epochs(data, prefetch_batches=prefetch_batches), strict=True):
+        assert batch.place == again.place
+        assert np.array_equal(batch.images, again.images)
+
+
+def test_row_groups_that_do_not_fit_are_read_again(packed: Packed) -> None:
+    data = open_data(packed.address)
+    reader = RowGroupReader(data.bucket, data.manifest, groups_held=1)
+    plan = [(seed, np.random.default_rng(seed).integers(0, IMAGES, 50)) for seed in range(20)]
+    for (seed, images), (expected_seed, ids) in zip(reader.batches(plan, prefetch=3), plan, strict=True):
+        assert seed == expected_seed
+        assert np.array_equal(images, packed.pixels[ids])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_sees_each_image_exactly_once(packed: Packed, world_size: int) -> None:
+    """In blocks that do not depend on the number of workers; some may get none."""
+    data = open_data(packed.address)
+    parts = [list(data.evaluation_blocks(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    blocks = [block for part in parts for block in part]
+    assert [len(ids) for ids, _ in blocks] == [256, 256, 188]
+    assert np.array_equal(np.concatenate([ids for ids, _ in blocks]), np.arange(IMAGES))
+    assert np.array_equal(np.concatenate([images for _, images in blocks]), packed.pixels)
+
+
+def test_images_are_found_by_id_in_any_order(packed: Packed) -> None:
+    ids = np.array([699, 0, 350, 0, 12])
+    assert np.array_equal(open_data(packed.address).images(ids), packed.pixels[ids])
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def flip_a_pixel(folder: Path) -> None:
+    flip(folder / "00001.parquet", 300)
+
+
+def flip_the_footer(folder: Path) -> None:
+    flip(folder / "00001.parquet", (folder / "00001.parquet").stat().st_size - 9)
+
+
+def cut_off_a_shard(folder: Path) -> None:
+    shard = folder / "00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:1000])
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "00001.parquet").unlink()
+
+
+def swap_two_shards(folder: Path) -> None:
+    """Each is whole, but its rows are others than the manifest says."""
+    first, second = folder / "00000.parquet", folder / "00001.parquet"
+    first.rename(folder / "other")
+    second.rename(first)
+    (folder / "other").rename(second)
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, object]], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    edit(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def count_one_image_less(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest.update(images=IMAGES - 1))
+
+
+def claim_another_shape(folder: Path) -> None:
+    edit_manifest(folder, lambda manifest: manifest.update(height=7))
+
+
+def move_a_row_to_the_next_row_group(folder: Path) -> None:
+    def edit(manifest: dict[str, object]) -> None:
+        groups = manifest["shards"][0]["row_groups"]  # type: ignore[index]
+        groups[0]["rows"] -= 1
+        groups[1]["rows"] += 1
+
+    edit_manifest(folder, edit)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_a_pixel, "00001.parquet row group 0"),
+        (flip_the_footer, "00001.parquet"),
+        (cut_off_a_shard, "00001.parquet"),
+        (lose_a_shard, "00001.parquet"),
+        (swap_two_shards, "00000.parquet"),
+        (count_one_image_less, "manifest.json"),
+        (claim_another_shape, "00000.parquet"),
+        (move_a_row_to_the_next_row_group, "00000.parquet row group 0"),
+    ],
+)
+def test_damage_is_refused_in_one_line_that_names_it(copy: Path, damage: Callable[[Path], None], named: str) -> None:
+    damage(copy)
+    with pytest.raises((DataError, BucketError)) as refused:
+        for _ in open_data(str(copy)).evaluation_blocks():
+            pass
+    assert f"{copy}/{named}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_flipped_byte_of_a_shard_gives_other_pixels(packed: Packed) -> None:
+    """Every byte of the last row group and of the footer, flipped one at a time, is refused or does no harm."""
+    data = open_data(packed.address)
+    shard = data.manifest.shards[-1]
+    index, group = len(shard.row_groups) - 1, shard.row_groups[-1]
+    whole = data.bucket.read(shard.key)
+    expected = parse_row_group(shard, index, *split_shard(whole, group.offset, group.size))
+    for place in range(group.offset, len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        try:
+            found = parse_row_group(shard, index, *split_shard(bytes(flipped), group.offset, group.size))
+        except DataError as error:
+            assert str(error).startswith(shard.key)
+        else:
+            assert np.array_equal(found.ids, expected.ids)
+            assert np.array_equal(found.images, expected.images)
+
+
+def split_shard(data: bytes, offset: int, size: int) -> tuple[bytes, bytes]:
+    """The body of a row group that is the last one, and the footer."""
+    return data[offset : offset + size], data[offset + size :]
+
+
+class FlipsFirstReads:
+    """A bucket that damages the first few reads of shards on their way."""
+
+    def __init__(self, bucket: Bucket, times: int) -> None:
+        self.url = bucket.url
+        self._bucket = bucket
+        self._left = times
+        self._lock = threading.Lock()
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+        data = bytearray(self._bucket.read(key, start, stop))
+        with self._lock:
+            if self._left and key.endswith(".parquet"):
+                self._left -= 1
+                data[len(data) // 2] ^= 16
+        return bytes(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._bucket, name)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_bytes_damaged_on_the_way_are_read_again(packed: Packed, times: int) -> None:
+    """Twice: a row group and its footer, or the row group both times."""
+    bucket = open_bucket(packed.address)
+    data = DataSet(FlipsFirstReads(bucket, times), read_manifest(bucket))  # type: ignore[arg-type]
+    assert np.array_equal(data.images(np.arange(10)), packed.pixels[:10])
+
+
+def test_bytes_that_stay_damaged_are_refused(packed: Packed) -> None:
+    bucket = open_bucket(packed.address)
+    data = DataSet(FlipsFirstReads(bucket, 10**6), read_manifest(bucket))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"00000\.parquet row group 0: checksum"):
+        data.images(np.arange(10))
+
+
+def threads_of_readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch", "decode"))]
+
+
+def no_thread_is_left() -> bool:
+    deadline = time.monotonic() + 5
+    while threads_of_readers() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not threads_of_readers()
+
+
+def test_no_thread_is_left_once_the_batches_are_closed(packed: Packed) -> None:
+    batches = epochs(open_data(packed.address))
+    next(batches)
+    assert threads_of_readers()
+    batches.close()  # type: ignore[attr-defined]
+    assert no_thread_is_left()
+
+
+def test_no_thread_is_left_after_the_last_batch_or_an_error(copy: Path) -> None:
+    data = open_data(str(copy))
+    for _ in epochs(data):
+        pass
+    assert no_thread_is_left()
+    lose_a_shard(copy)
+    with pytest.raises(VaejobError):
+        for _ in epochs(data):
+            pass
+    assert no_thread_is_left()

@@ -1,0 +1,3 @@
+"""Which vaejob this is."""
+
+VERSION = "0.1.0"
