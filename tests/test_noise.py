@@ -95,6 +95,7 @@ def test_large_batches_draw_what_single_images_draw():
     assert torch.equal(whole[[3, 333, 699]], noise([3, 333, 699]).normal(LATENT, (101,)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("draw", [Noise.uniform, Noise.normal])
 def test_compiling_changes_no_number(draw):
     """Sizes that leave a vector partly filled, where torch's own compiler went wrong."""

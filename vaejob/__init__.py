@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vaejob.config import JobConfig
 from vaejob.errors import VaejobError
-from vaejob.version import VERSION as __version__
+from vaejob.version import VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
     from vaejob.training.worker import Event
+
+__version__ = VERSION
 
 __all__ = ["JobConfig", "VaejobError", "__version__", "load", "load_config", "open_data", "train"]
 

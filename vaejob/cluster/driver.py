@@ -1,12 +1,10 @@
 """Runs a job on a Ray cluster: places the workers, adds up their totals, and tells what happens."""
 
-import os
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -18,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from vaejob import errors
+from vaejob.cluster.join import cluster_address, cluster_of, first_line, wait_for_room
 from vaejob.cluster.worker import failure, train_worker
 from vaejob.config import ClusterConfig, JobConfig
 from vaejob.errors import ClusterError, VaejobError
@@ -25,9 +24,11 @@ from vaejob.run import make_ledger, open_inputs, prepare
 from vaejob.storage.runs import new_attempt
 from vaejob.training.worker import Event, Report
 
-HEALTH_CHECK_SECONDS = 0.5
 COLLECTIVE_TIMEOUT_SECONDS = 300
 LAST_WRITES_SECONDS = 300
+BOARD_SECONDS = 60
+PLACEMENTS_THAT_MAY_FAIL = 20
+"""Of a minute each: what was free when the job began may be taken before its workers start."""
 
 
 class Board:
@@ -73,7 +74,7 @@ class KeepLedger(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in worker_exceptions.items():
-            text = f"worker {rank} failed: {_first_line(error)}"
+            text = f"worker {rank} failed: {first_line(error)}"
             self._board.post.remote(Event("note", {"text": text}))
 
     def _write(self, reports: "queue.Queue[list[list[Report]]]") -> None:
@@ -109,47 +110,61 @@ def train_on_cluster(
     prepare(job)
     address = cluster_address(job.cluster)
     on_event(_status(f"joining the Ray cluster at {address}" if address else "starting a Ray cluster on this machine"))
-    with cluster_of(job.cluster):
+    # Ray's own storage holds nothing of ours: a folder of this attempt alone, that cannot be stale or torn.
+    with cluster_of(job.cluster), tempfile.TemporaryDirectory(prefix="vaejob-ray-") as scratch:
         wait_for_room(job.cluster)
         on_event(_status(f"starting {job.cluster.workers} workers"))
-        board = ray.remote(num_cpus=0)(Board).remote()
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"job": job.model_dump(), "board": board},
-            scaling_config=_scaling(job.cluster),
-            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
-            # Ray's own storage holds nothing of ours: a folder of this attempt alone, that cannot be stale or torn.
-            run_config=RunConfig(
-                name=new_attempt(),
-                storage_path=tempfile.mkdtemp(prefix="vaejob-ray-"),
-                failure_config=FailureConfig(max_failures=job.cluster.max_failures, controller_failure_limit=20),
-                callbacks=[KeepLedger(job, board)],
-            ),
-        )
-        failure: list[BaseException] = []
-        fit = threading.Thread(target=_fit, args=(trainer, failure), name="fit", daemon=True)
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        fit = threading.Thread(target=_fit, args=(_trainer(job, board, scratch), ended), name="fit", daemon=True)
         fit.start()
         stopping = False
         while fit.is_alive():
             fit.join(timeout=0.5)
-            _pass_on(board, on_event)
             if not stopping and should_stop():
                 board.ask_stop.remote()
                 stopping = True
+            _pass_on(board, on_event)
         _pass_on(board, on_event)
-        if failure:
-            raise _cause(failure[0]) from failure[0]
+        if (error := ended.get()) is not None:
+            raise _cause(error) from error
 
 
-def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
+def _trainer(job: JobConfig, board: Any, scratch: str) -> TorchTrainer:
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job.model_dump(), "board": board},
+        scaling_config=_scaling(job.cluster),
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        run_config=RunConfig(  # type: ignore[arg-type]
+            name=new_attempt(),
+            storage_path=scratch,
+            failure_config=FailureConfig(
+                max_failures=job.cluster.max_failures, controller_failure_limit=PLACEMENTS_THAT_MAY_FAIL
+            ),
+            callbacks=[KeepLedger(job, board)],
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer, ended: "queue.SimpleQueue[BaseException | None]") -> None:
+    """In a thread of its own, so that signals and events find the main thread free."""
     try:
         trainer.fit()
     except BaseException as error:
-        failure.append(error)
+        ended.put(error)
+    else:
+        ended.put(None)
 
 
 def _pass_on(board: Any, on_event: Callable[[Event], None]) -> None:
-    for event in ray.get(board.take_events.remote()):
+    try:
+        events = ray.get(board.take_events.remote(), timeout=BOARD_SECONDS)
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"the cluster was lost: {first_line(error)}; repeat the command to continue the run"
+        ) from error
+    for event in events:
         if event.kind == "failure":
             known = getattr(errors, event.body["error"], None)
             raise known(event.body["text"]) if known else ClusterError(f"{event.body['error']}: {event.body['text']}")
@@ -167,61 +182,6 @@ def _status(text: str) -> Event:
     return Event("status", {"text": text})
 
 
-def cluster_address(config: ClusterConfig) -> str | None:
-    return config.address or os.environ.get("RAY_ADDRESS")
-
-
-@contextmanager
-def cluster_of(config: ClusterConfig) -> Iterator[None]:
-    """The cluster of the settings or of RAY_ADDRESS; without either one on this machine, for as long as the job."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_SECONDS),
-        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    address = cluster_address(config)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    try:
-        if address:
-            ray.init(address=address, namespace="vaejob", **quiet)
-        else:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            cpus = max(os.cpu_count() or 1, 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace="vaejob", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray cluster could be reached at {address or 'this machine'}: {_first_line(error)}"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def wait_for_room(config: ClusterConfig) -> None:
-    """Waits until the cluster has room for the workers. Raises ClusterError with what was asked and what there is."""
-    asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
-    deadline = time.monotonic() + config.wait_seconds
-    while True:
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        if all(free.get(kind, 0) >= number for kind, number in asked.items()):
-            return
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.5)
-    wants = " and ".join(f"{number} {kind}s" for kind, number in asked.items() if number)
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    has = " and ".join(f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in asked)
-    nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
-    raise ClusterError(
-        f"cluster.workers is {config.workers}: they ask for {wants}, the cluster has {has} on {nodes} nodes; "
-        f"waited {config.wait_seconds:g} s (cluster.wait_seconds)"
-    )
-
-
 def _cause(error: BaseException) -> BaseException:
     """The user's own error out of Ray's wrapping of it."""
     seen: list[BaseException] = [error]
@@ -233,9 +193,5 @@ def _cause(error: BaseException) -> BaseException:
         inner = [current.__cause__, getattr(current, "cause", None), *getattr(current, "worker_failures", {}).values()]
         seen += [error for error in inner if isinstance(error, BaseException)]
     if isinstance(error, ray.exceptions.RayError):
-        return ClusterError(f"the cluster was lost: {_first_line(error)}; repeat the command to continue the run")
+        return ClusterError(f"the cluster was lost: {first_line(error)}; repeat the command to continue the run")
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

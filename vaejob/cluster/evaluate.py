@@ -3,7 +3,7 @@
 import ray
 import ray.exceptions
 
-from vaejob.cluster.driver import cluster_of, wait_for_room
+from vaejob.cluster.join import cluster_of, wait_for_room
 from vaejob.config import ClusterConfig
 from vaejob.data.batches import open_data
 from vaejob.errors import ClusterError

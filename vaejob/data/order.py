@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
@@ -110,11 +113,11 @@ class EpochOrder:
         self.window_rows = window_rows
         self._key = hash_of(seed, epoch)
         group_keys = _hashes(hash_of(self._key, 0), np.arange(len(row_group_rows)))
-        self._groups = np.argsort(group_keys, kind="stable")  # laid end to end in this order
-        self._laid_start = np.concatenate([[0], np.cumsum(row_group_rows[self._groups])])
-        self._first_row = (np.cumsum(row_group_rows) - row_group_rows)[self._groups]
+        laid = np.argsort(group_keys, kind="stable")  # row groups, in the order they are laid end to end
+        self._laid_start: Rows = np.concatenate([[0], np.cumsum(row_group_rows[laid])])
+        self._first_row: Rows = (np.cumsum(row_group_rows) - row_group_rows)[laid]
 
-    def lane_offsets(self, lane: int, start: int, stop: int) -> np.ndarray:
+    def lane_offsets(self, lane: int, start: int, stop: int) -> Rows:
         """Rows of the undisplaced lane, in displaced order, at offsets [start, stop); shape [stop - start], int64.
 
         Row i has the key i + h(i) R / 2^32; the row of rank r has its key in [r, r + R), so only rows less than R away
@@ -125,10 +128,9 @@ class EpochOrder:
         rows = np.arange(low, high, dtype=np.int64)
         hashes = (_hashes(hash_of(self._key, 1, lane), rows) >> np.uint64(32)).astype(np.int64)
         by_key = np.argsort((rows << 32) + hashes * window, kind="stable")
-        displaced: np.ndarray = rows[by_key[start - low : stop - low]]
-        return displaced
+        return rows[by_key[start - low : stop - low]]
 
-    def rows(self, lane: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, lane: int, start: int, stop: int) -> Rows:
         """Sample ids (rows of the data set) at the lane's offsets [start, stop); shape [stop - start], int64."""
         laid = self.layout.lane_start(lane) + self.lane_offsets(lane, start, stop)
         place = np.searchsorted(self._laid_start, laid, side="right") - 1

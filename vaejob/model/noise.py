@@ -3,8 +3,9 @@
 An image's key is a hash of (seed, purpose, epoch, id). A key and a stream seed one splitmix64 sequence; its e-th hash
 gives elements 2e and 2e + 1. Nothing is stored and nothing advances.
 
-torch.compile must step around these functions: inductor (torch 2.13, CPU) shifts int64 wrongly in the last, partly
-filled vector of a row, and writes past the end when int64 is viewed as int32. Noise would change without a word.
+torch.compile must step around the draws: inductor (torch 2.13, CPU) shifts int64 wrongly in the last, partly filled
+vector of a row, and corrupts memory where int64 is viewed as int32. torch._disable_dynamo is torch.compiler.disable
+without loading the compiler at import, which takes seconds.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ class Noise(NamedTuple):
 
     keys: Int64[Tensor, " B"]
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def normal(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """N(0, 1) by Box and Muller, in float64 until the last rounding so that every device draws the same."""
         size = math.prod(shape)
@@ -40,7 +41,7 @@ class Noise(NamedTuple):
         pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
         return pairs.float().reshape(len(self.keys), 2 * hashes.shape[1])[:, :size].reshape(-1, *shape)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def uniform(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """[0, 1) in multiples of 2^-24, all of which float32 holds exactly."""
         size = math.prod(shape)
@@ -52,7 +53,7 @@ class Noise(NamedTuple):
         """Independent noise for the same images, such as that of the value-th importance sample."""
         return self.folds(range(value, value + 1))
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def folds(self, values: range) -> "Noise":
         """The folds of several values, laid end to end: all images of the first, then all of the second."""
         steps = torch.arange(values.start, values.stop, values.step, device=self.keys.device) * _GAMMA

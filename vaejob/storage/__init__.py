@@ -46,4 +46,6 @@ def join(address: str, *parts: str) -> str:
 def split_address(address: str) -> tuple[str, str]:
     """An address as (its parent's address, its last part)."""
     parent, _, name = address.rstrip("/").rpartition("/")
-    return parent or ".", name
+    if parent.endswith(":/"):
+        raise UserError(f"{address} is a whole bucket; name something in it")
+    return parent or ("/" if address.startswith("/") else "."), name
