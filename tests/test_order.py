@@ -207,7 +207,10 @@ def test_digests_add_up_over_any_split(case: Case, world_size: int, epoch: int) 
 def test_digests_tell_a_missing_a_repeated_and_another_epochs_image() -> None:
     ids = np.arange(100)
     seen = ids_digest(ids, epoch=0)
-    assert len({seen, ids_digest(ids[1:], epoch=0), ids_digest(np.append(ids[1:], 5), epoch=0), ids_digest(ids, epoch=1)}) == 4
+    assert (
+        len({seen, ids_digest(ids[1:], epoch=0), ids_digest(np.append(ids[1:], 5), epoch=0), ids_digest(ids, epoch=1)})
+        == 4
+    )
 
 
 def test_the_hash_is_splitmix64() -> None:
@@ -254,7 +257,13 @@ def test_a_billion_images_take_little_memory(images_seen: int) -> None:
     tracemalloc.start()
     try:
         plan = RankPlan(
-            row_group_rows=np.full(10**5, 10**4), global_batch=4096, lanes=64, window_rows=4096, seed=0, rank=3, world_size=8
+            row_group_rows=np.full(10**5, 10**4),
+            global_batch=4096,
+            lanes=64,
+            window_rows=4096,
+            seed=0,
+            rank=3,
+            world_size=8,
         )
         batches = plan.batches(images_seen=images_seen, until=images_seen + 4096)
         ids = np.concatenate([ids for _, ids in batches])

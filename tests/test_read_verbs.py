@@ -4,7 +4,6 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
 from vaejob.errors import DataError, RunError, UserError, VaejobError
 from vaejob.pictures.run_pictures import write_run_pictures
-from vaejob.storage.runs import choose_record, read_rows
 from vaejob.storage import open_bucket
+from vaejob.storage.runs import choose_record, read_rows
 
 app = typer.Typer()
 for verb in (look.runs, look.show, use.evaluate, use.sample, use.reconstruct):
@@ -86,7 +85,7 @@ def finished_run(job: JobConfig) -> str:
 
 
 @pytest.fixture
-def copy(finished_run: str, tmp_path: Path) -> Iterator[Path]:
+def copy(finished_run: str, tmp_path: Path) -> Path:
     """The run alone in a bucket of the test's own, to be damaged."""
     return Path(shutil.copytree(finished_run, tmp_path / "runs" / "digits"))
 
@@ -99,7 +98,9 @@ def test_runs_lists_what_the_records_say(finished_run: str, home: Path) -> None:
     assert (run["finished"], run["images_seen"], run["images"], run["attempts"]) == (True, 4000, 4000, 1)
     assert run["epochs"] == 4000 / vaejob.open_data(f"{home}/digits/train").manifest.images
     assert run["best"]["images_seen"] == best.images_seen
-    assert run["best"]["held_out"]["negative_bound_nats"] == best.held_out["negative_bound_nats"] / best.held_out["images"]
+    assert (
+        run["best"]["held_out"]["negative_bound_nats"] == best.held_out["negative_bound_nats"] / best.held_out["images"]
+    )
     assert 0 <= run["last_report_age_seconds"] < 3600
 
 
@@ -186,7 +187,15 @@ def test_evaluate_repeats_what_training_recorded(finished_run: str, home: Path) 
 def test_evaluate_says_everything_that_makes_it_comparable(finished_run: str, home: Path) -> None:
     words = said("evaluate", finished_run, "--samples", "3", "--checkpoint", "best")
     assert words.startswith("-IWAE-3 ")
-    for word in ("nats", "bits/dim", "±", "IWAE bound of 3 samples", "4 bits", f"{home}/digits/test", "split       test"):
+    for word in (
+        "nats",
+        "bits/dim",
+        "±",
+        "IWAE bound of 3 samples",
+        "4 bits",
+        f"{home}/digits/test",
+        "split       test",
+    ):
         assert word in words
 
 
@@ -258,3 +267,12 @@ def test_the_pictures_of_a_run_lie_in_its_bucket(copy: Path) -> None:
         with Image.open(address) as picture:
             assert picture.format == "PNG"
             assert 500 <= picture.width <= 1300
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_workers_do_not_change_what_evaluate_says(finished_run: str, workers: str) -> None:
+    """To the last bit; the third worker has nothing to score."""
+    arguments = ("evaluate", finished_run, "--samples", "2")
+    assert said_json(*arguments, "--workers", workers) == said_json(*arguments)

@@ -59,7 +59,7 @@ def copy(packed: Packed, tmp_path: Path) -> Path:
 
 
 def config(**settings: int) -> DataConfig:
-    return DataConfig(train="unused", **{"global_batch": 64, "lanes": 4, "window_rows": 50, **settings})
+    return DataConfig.model_validate({"train": "unused", "global_batch": 64, "lanes": 4, "window_rows": 50, **settings})
 
 
 def epochs(
@@ -213,11 +213,10 @@ def test_no_flipped_byte_of_a_shard_gives_other_pixels(packed: Packed) -> None:
         flipped[place] ^= 1 << place % 8
         try:
             found = parse_row_group(shard, index, *split_shard(bytes(flipped), group.offset, group.size))
-        except DataError as error:
-            assert str(error).startswith(shard.key)
-        else:
-            assert np.array_equal(found.ids, expected.ids)
-            assert np.array_equal(found.images, expected.images)
+        except DataError:
+            continue
+        assert np.array_equal(found.ids, expected.ids)
+        assert np.array_equal(found.images, expected.images)
 
 
 def split_shard(data: bytes, offset: int, size: int) -> tuple[bytes, bytes]:

@@ -88,7 +88,10 @@ def _kept_shard(part: Part, key: str, *, first_id: int, plan: str) -> Packed | N
     if shard_plan(data) != plan:
         return None
     shard = describe_shard(key, data)
-    return Packed(shard, shard_digests(shard, data, first_id=first_id, shape=part.recipe.shape))
+    try:
+        return Packed(shard, shard_digests(shard, data, first_id=first_id, shape=part.recipe.shape))
+    except DataError:  # a copy of another shard
+        return None
 
 
 def _load(part: Part, *, start: int) -> Iterator[Loaded]:

@@ -4,7 +4,7 @@ An image's key is a hash of (seed, purpose, epoch, id). A key and a stream seed 
 gives elements 2e and 2e + 1. Nothing is stored and nothing advances.
 
 torch.compile must step around the draws: inductor (torch 2.13, CPU) shifts int64 wrongly in the last, partly filled
-vector of a row, and corrupts memory where int64 is viewed as int32. torch._disable_dynamo is torch.compiler.disable
+vector of a row, and corrupts memory where int64 is viewed as int32. The decorator is torch.compiler.disable
 without loading the compiler at import, which takes seconds.
 """
 
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._compile import _disable_dynamo as outside_compiled_graphs
 
 # Streams of one image's noise; numbers that serve different ends never share one.
 BINARIZE = 0  # the threshold of each pixel
@@ -30,9 +31,9 @@ class Noise(NamedTuple):
 
     keys: Int64[Tensor, " B"]
 
-    @torch._disable_dynamo
+    @outside_compiled_graphs
     def normal(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
-        """N(0, 1) by Box and Muller, in float64 until the last rounding so that every device draws the same."""
+        """N(0, 1) by Box and Muller, in float64 until the last rounding, which hides how devices differ in a logarithm."""
         size = math.prod(shape)
         hashes = _hashes(self.keys, stream=stream, count=(size + 1) // 2)
         low, high = (hashes & 0xFFFFFFFF).double(), _shift(hashes, 32).double()
@@ -41,7 +42,7 @@ class Noise(NamedTuple):
         pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
         return pairs.float().reshape(len(self.keys), 2 * hashes.shape[1])[:, :size].reshape(-1, *shape)
 
-    @torch._disable_dynamo
+    @outside_compiled_graphs
     def uniform(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """[0, 1) in multiples of 2^-24, all of which float32 holds exactly."""
         size = math.prod(shape)
@@ -53,7 +54,7 @@ class Noise(NamedTuple):
         """Independent noise for the same images, such as that of the value-th importance sample."""
         return self.folds(range(value, value + 1))
 
-    @torch._disable_dynamo
+    @outside_compiled_graphs
     def folds(self, values: range) -> "Noise":
         """The folds of several values, laid end to end: all images of the first, then all of the second."""
         steps = torch.arange(values.start, values.stop, values.step, device=self.keys.device) * _GAMMA

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-PLEASANT_WIDTH = 560
+PLEASANT_WIDTH = 520
 """Small images are enlarged until their grid has about this many pixels."""
 MAX_WIDTH = 1200
 """Large images are reduced until it has less than about this many."""

@@ -1,7 +1,7 @@
 """What the loop knows of the world around it: its rank, its device, where reports go, and whether to stop."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -42,7 +42,7 @@ class Report:
         return plain
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Self:
+    def from_dict(cls, plain: dict[str, Any]) -> "Report":
         held_out = plain["held_out"]
         return cls(
             **{
@@ -62,6 +62,7 @@ class Event(NamedTuple):
     body: dict[str, Any]
 
 
+@runtime_checkable
 class Worker(Protocol):
     """One rank of a job."""
 

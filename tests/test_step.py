@@ -1,0 +1,96 @@
+"""The gradient is that of the global batch, however its images are split over ranks; schedules count images."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vaejob.config import ObjectiveConfig, OptimizerConfig, parse_config
+from vaejob.training.schedule import beta, crosses, learning_rate
+from vaejob.training.step import make_optimizer, make_scorer, train_step
+
+JOB = parse_config(
+    """
+run: {name: step, bucket: nowhere}
+data: {train: nowhere}
+model: {latent: 3, hidden: [7]}
+likelihood: {pixels: bernoulli, binarize: dynamic}
+optimizer: {name: adam, learning_rate: 0.01}
+training: {images: 100}
+"""
+)
+IDS = np.array([11, 5, 300])
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 4), dtype=np.uint8)
+
+
+def weights_after_two_steps(first: int, end: int, *, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
+    """Weights of a rank that holds images [first, end) of both batches."""
+    torch.set_num_threads(1)
+    scorer = make_scorer(JOB, shape=(1, 4, 4))
+    model: nn.Module = scorer
+    if world_size > 1:
+        model = nn.parallel.DistributedDataParallel(scorer, gradient_as_bucket_view=True, static_graph=True)
+    optimizer = make_optimizer(JOB.optimizer, scorer)
+    for epoch in range(2):
+        train_step(
+            model,
+            optimizer,
+            torch.from_numpy(IMAGES[first:end]),
+            IDS[first:end],
+            job=JOB,
+            pixels=scorer.pixels,
+            epoch=epoch,
+            beta=0.5,
+            learning_rate=0.01,
+            weight=world_size / len(IDS),
+        )
+    return scorer.state_dict()
+
+
+def one_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size
+    )
+    cuts = {2: [0, 1, 3], 5: [0, 0, 1, 2, 3, 3]}[world_size]  # unequal parts, and ranks that hold nothing
+    weights = weights_after_two_steps(cuts[rank], cuts[rank + 1], rank=rank, world_size=world_size)
+    torch.save(weights, Path(folder) / f"{world_size}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_unequal_and_empty_parts_move_the_weights_like_one_rank(world_size: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank, args=(world_size, str(tmp_path)), nprocs=world_size)
+    whole = weights_after_two_steps(0, 3)
+    for rank in range(world_size):
+        split = torch.load(tmp_path / f"{world_size}-{rank}.pt", weights_only=True)
+        for name, weight in whole.items():
+            torch.testing.assert_close(split[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@given(every=st.integers(1, 50), before=st.integers(0, 500), size=st.integers(1, 100))
+def test_something_is_due_when_a_multiple_is_passed_or_reached(every: int, before: int, size: int) -> None:
+    due = any(images % every == 0 for images in range(before + 1, before + size + 1))
+    assert crosses(every, before=before, after=before + size) == due
+    assert not crosses(0, before=before, after=before + size)
+
+
+def test_learning_rate_warms_up_and_falls_by_half_a_cosine() -> None:
+    config = OptimizerConfig(learning_rate=0.2, schedule="cosine", warmup_images=100)
+    rates = [learning_rate(config, images_seen=images, images=1100) for images in (0, 49, 99, 100, 600, 850, 1100)]
+    expected = [0.002, 0.1, 0.2, 0.2, 0.1, 0.1 * (1 + math.cos(0.75 * math.pi)), 0.0]
+    assert rates == pytest.approx(expected, abs=1e-12)
+    constant = OptimizerConfig(learning_rate=0.2)
+    assert {learning_rate(constant, images_seen=images, images=1100) for images in (0, 500, 1099)} == {0.2}
+
+
+def test_rate_is_weighed_in_over_the_warm_up() -> None:
+    config = ObjectiveConfig(kl_warmup_images=400)
+    assert [beta(config, images_seen=images) for images in (0, 100, 400, 9999)] == [0.0, 0.25, 1.0, 1.0]
+    assert beta(ObjectiveConfig(), images_seen=0) == 1.0
