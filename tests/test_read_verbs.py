@@ -271,8 +271,7 @@ def test_the_pictures_of_a_run_lie_in_its_bucket(copy: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("workers", ["1", "3"])
-def test_workers_do_not_change_what_evaluate_says(finished_run: str, workers: str) -> None:
-    """To the last bit; the third worker has nothing to score."""
+def test_workers_do_not_change_what_evaluate_says(finished_run: str) -> None:
+    """To the last bit, with more workers than there are CPUs or blocks of images."""
     arguments = ("evaluate", finished_run, "--samples", "2")
-    assert said_json(*arguments, "--workers", workers) == said_json(*arguments)
+    assert said_json(*arguments, "--workers", "4") == said_json(*arguments)

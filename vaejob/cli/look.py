@@ -1,7 +1,7 @@
 """The verbs that look at runs: runs, show."""
 
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +11,7 @@ from vaejob.cli.terminal import bits, nats, say, say_json, warn, what_it_is_of
 if TYPE_CHECKING:
     from vaejob.cli.overview import Overview
     from vaejob.metrics import LikelihoodTotals
-    from vaejob.storage.runs import Record, Row
+    from vaejob.storage.runs import Record
 
 RUNS_AT_ONCE = 8
 
@@ -27,6 +27,7 @@ def runs(
     Example:
       vaejob runs s3://models
     """
+    from vaejob.cli.overview import summary
     from vaejob.errors import RunError
     from vaejob.storage import join, open_bucket
     from vaejob.storage.runs import JOB_KEY
@@ -43,7 +44,7 @@ def runs(
             warn(line)
     readable = [(run, epoch_images) for run, epoch_images in found if not isinstance(run, str)]
     if as_json:
-        say_json([_summary(run, epoch_images) for run, epoch_images in readable])
+        say_json([summary(run, epoch_images) for run, epoch_images in readable])
     else:
         _say_table(readable)
 
@@ -55,14 +56,14 @@ def show(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME
     Example:
       vaejob show s3://models/mnist-iwae-1
     """
-    from vaejob.cli.overview import look_at, training_images
+    from vaejob.cli.overview import everything, look_at, training_images
 
     overview = look_at(run, whole_history=True)
     epoch_images = training_images(overview)
     for line in overview.problems:
         warn(line)
     if as_json:
-        say_json(_everything(overview, epoch_images))
+        say_json(everything(overview, epoch_images))
     else:
         _say_everything(overview, epoch_images)
 
@@ -77,78 +78,6 @@ def _overview_or_problem(address: str) -> "tuple[Overview | str, int | None]":
         return overview, training_images(overview)
     except VaejobError as error:
         return str(error), None
-
-
-def _summary(run: "Overview", epoch_images: int | None) -> dict[str, Any]:
-    last = run.last_report_at
-    return {
-        "run": run.address,
-        "name": run.job.run.name,
-        "finished": run.finished,
-        "images_seen": run.images_seen,
-        "images": run.job.training.images,
-        "epochs": run.images_seen / epoch_images if epoch_images else None,
-        "checkpoints": [record.images_seen for record in run.records],
-        "best": _checkpoint(run, run.best) if run.best else None,
-        "last_report_at": last.isoformat() if last else None,
-        "last_report_age_seconds": _age_seconds(last) if last else None,
-        "attempts": len(run.attempts),
-    }
-
-
-def _everything(run: "Overview", epoch_images: int | None) -> dict[str, Any]:
-    return {
-        **_summary(run, epoch_images),
-        "settings": run.job.model_dump(),
-        "checkpoints": [_checkpoint(run, record) for record in run.records],
-        "train": _speed_and_numbers(run.newest_row("train")),
-        "held_out": _speed_and_numbers(run.newest_row("test")),
-        "fingerprints": {name: fingerprint for name, _, fingerprint in _data(run)},
-        "attempts": run.attempts,
-        "problems": run.problems,
-    }
-
-
-def _checkpoint(run: "Overview", record: "Record") -> dict[str, Any]:
-    from vaejob.cli.overview import likelihood_numbers
-
-    totals = _held_out(record)
-    return {
-        "images_seen": record.images_seen,
-        "written_at": record.written_at,
-        "world_size": record.world_size,
-        "files": len(record.files),
-        "bytes": sum(file.size for file in record.files),
-        "samples": run.job.training.evaluate_samples if totals else None,
-        "held_out": likelihood_numbers(totals) if totals else None,
-    }
-
-
-def _speed_and_numbers(row: "Row | None") -> dict[str, Any] | None:
-    from vaejob.cli.overview import likelihood_numbers
-    from vaejob.metrics import LikelihoodTotals
-
-    if row is None:
-        return None
-    numbers = {"images_seen": row["images_seen"], "written_at": row["written_at"], "world_size": row["world_size"]}
-    numbers |= likelihood_numbers(LikelihoodTotals.from_dict(row))
-    if row["seconds"]:
-        numbers["images_per_second"] = row["images"] / row["seconds"]
-        numbers["data_wait_share"] = row["data_wait_seconds"] / row["seconds"]
-    return numbers
-
-
-def _data(run: "Overview") -> list[tuple[str, str, str | None]]:
-    """Split, address and fingerprint of the run's data sets; the fingerprints are known once a checkpoint is."""
-    train, test = run.job.data.train, run.job.data.test
-    data = [("train", train, run.newest.train_fingerprint if run.newest else None)]
-    return [*data, ("test", test, run.newest.test_fingerprint if run.newest else None)] if test else data
-
-
-def _held_out(record: "Record") -> "LikelihoodTotals | None":
-    from vaejob.metrics import LikelihoodTotals
-
-    return LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
 
 
 def _say_table(found: "list[tuple[Overview, int | None]]") -> None:
@@ -168,6 +97,8 @@ def _say_table(found: "list[tuple[Overview, int | None]]") -> None:
 
 
 def _say_everything(run: "Overview", epoch_images: int | None) -> None:
+    from vaejob.cli.overview import data_sets
+
     state = "finished" if run.finished else "unfinished"
     epochs = f" ({run.images_seen / epoch_images:.1f} epochs)" if epoch_images else ""
     say(f"run         {run.address}")
@@ -178,7 +109,7 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
     for section in ("model", "likelihood", "objective", "optimizer", "data"):
         settings = getattr(run.job, section).model_dump(exclude={"train", "test"})
         say(f"{section:<11} {' '.join(f'{key}={value}' for key, value in settings.items())}".replace(", ", ","))
-    for split, address, fingerprint in _data(run):
+    for split, address, fingerprint in data_sets(run):
         say(f"{split:<11} {address}{f' ({fingerprint[:12]})' if fingerprint else ''}")
     for split in ("train", "test"):
         _say_newest(run, split)
@@ -194,6 +125,7 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
 
 
 def _say_newest(run: "Overview", split: str) -> None:
+    from vaejob.cli.overview import data_sets
     from vaejob.metrics import LikelihoodTotals
 
     row = run.newest_row(split)
@@ -202,7 +134,7 @@ def _say_newest(run: "Overview", split: str) -> None:
     totals = LikelihoodTotals.from_dict(row)
     say(f"\n{'trained on' if split == 'train' else 'held out'}, at {row['images_seen']:,} images")
     samples = 1 if split == "train" else run.job.training.evaluate_samples
-    _, data, fingerprint = next(found for found in _data(run) if found[0] == split)
+    _, data, fingerprint = next((found for found in data_sets(run) if found[0] == split), (split, "unknown", None))
     say(f"  {what_it_is_of(run.job, totals, samples=samples, data=data, fingerprint=fingerprint or 'unknown')}")
     say(f"  {_numbers(totals)}")
     if row["seconds"]:
@@ -214,7 +146,9 @@ def _say_newest(run: "Overview", split: str) -> None:
 
 
 def _bound(run: "Overview", record: "Record") -> str:
-    totals, samples = _held_out(record), run.job.training.evaluate_samples
+    from vaejob.cli.overview import held_out_totals
+
+    totals, samples = held_out_totals(record), run.job.training.evaluate_samples
     assert totals is not None
     name = "-ELBO" if samples == 1 else f"-IWAE-{samples}"
     return _numbers(totals).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
@@ -227,15 +161,13 @@ def _numbers(totals: "LikelihoodTotals") -> str:
 
 
 def _ago(then: datetime) -> str:
-    seconds = _age_seconds(then)
+    from vaejob.cli.overview import age_seconds
+
+    seconds = age_seconds(then)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
-
-
-def _age_seconds(then: datetime) -> float:
-    return max((datetime.now(UTC) - then).total_seconds(), 0.0)
 
 
 def _table(*headers: str) -> Any:
@@ -244,7 +176,7 @@ def _table(*headers: str) -> Any:
 
     table = Table(box=None, padding=(0, 2, 1, 0))
     for header in headers:
-        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left", no_wrap=True)
+        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left", overflow="fold")
     return table
 
 

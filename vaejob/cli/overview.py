@@ -1,7 +1,7 @@
 """What is known of a run from its bucket alone, and its numbers as JSON."""
 
 import io
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -104,6 +104,77 @@ def likelihood_numbers(totals: LikelihoodTotals) -> dict[str, Any]:
         numbers |= {f"{name}_nats": mean, f"{name}_nats_standard_error": error}
         numbers |= {in_bits: bits_per_dim(mean, dims), f"{in_bits}_standard_error": bits_per_dim(error, dims)}
     return numbers
+
+
+def summary(run: Overview, epoch_images: int | None) -> dict[str, Any]:
+    """What `vaejob runs --json` says of a run."""
+    last = run.last_report_at
+    return {
+        "run": run.address,
+        "name": run.job.run.name,
+        "finished": run.finished,
+        "images_seen": run.images_seen,
+        "images": run.job.training.images,
+        "epochs": run.images_seen / epoch_images if epoch_images else None,
+        "checkpoints": [record.images_seen for record in run.records],
+        "best": _checkpoint(run, run.best) if run.best else None,
+        "last_report_at": last.isoformat() if last else None,
+        "last_report_age_seconds": age_seconds(last) if last else None,
+        "attempts": len(run.attempts),
+    }
+
+
+def everything(run: Overview, epoch_images: int | None) -> dict[str, Any]:
+    """What `vaejob show --json` says."""
+    return {
+        **summary(run, epoch_images),
+        "settings": run.job.model_dump(),
+        "checkpoints": [_checkpoint(run, record) for record in run.records],
+        "train": _speed_and_numbers(run.newest_row("train")),
+        "held_out": _speed_and_numbers(run.newest_row("test")),
+        "fingerprints": {name: fingerprint for name, _, fingerprint in data_sets(run)},
+        "attempts": run.attempts,
+        "problems": run.problems,
+    }
+
+
+def _checkpoint(run: Overview, record: Record) -> dict[str, Any]:
+    totals = held_out_totals(record)
+    return {
+        "images_seen": record.images_seen,
+        "written_at": record.written_at,
+        "world_size": record.world_size,
+        "files": len(record.files),
+        "bytes": sum(file.size for file in record.files),
+        "samples": run.job.training.evaluate_samples if totals else None,
+        "held_out": likelihood_numbers(totals) if totals else None,
+    }
+
+
+def _speed_and_numbers(row: Row | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    numbers = {"images_seen": row["images_seen"], "written_at": row["written_at"], "world_size": row["world_size"]}
+    numbers |= likelihood_numbers(LikelihoodTotals.from_dict(row))
+    if row["seconds"]:
+        numbers["images_per_second"] = row["images"] / row["seconds"]
+        numbers["data_wait_share"] = row["data_wait_seconds"] / row["seconds"]
+    return numbers
+
+
+def data_sets(run: Overview) -> list[tuple[str, str, str | None]]:
+    """Split, address and fingerprint of the run's data sets; the fingerprints are known once a checkpoint is."""
+    train, test = run.job.data.train, run.job.data.test
+    data = [("train", train, run.newest.train_fingerprint if run.newest else None)]
+    return [*data, ("test", test, run.newest.test_fingerprint if run.newest else None)] if test else data
+
+
+def held_out_totals(record: Record) -> LikelihoodTotals | None:
+    return LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
+
+
+def age_seconds(then: datetime) -> float:
+    return max((datetime.now(UTC) - then).total_seconds(), 0.0)
 
 
 def _last_report(run: Bucket) -> list[Row]:

@@ -49,6 +49,7 @@ class Progress:
     def __init__(self, job: "JobConfig", *, quiet: bool) -> None:
         self._job, self._quiet = job, quiet
         self._began = time.monotonic()
+        self._attempt = ""
 
     def __call__(self, event: "Event") -> None:
         match event.kind:
@@ -57,9 +58,16 @@ class Progress:
             case "status" if not self._quiet:
                 say(event.body["text"])
             case "row" if not self._quiet:
+                self._tell_attempt(event.body)
                 say(self._row(event.body))
             case "record" if not self._quiet:
                 say(f"{self._at(event.body['images_seen'])}  checkpoint committed")
+
+    def _tell_attempt(self, row: dict[str, Any]) -> None:
+        started_at = row["attempt_started_at_images"]
+        if row["attempt"] != self._attempt and started_at:
+            say(f"continuing from the checkpoint at {started_at:,} images")
+        self._attempt = row["attempt"]
 
     def _row(self, row: dict[str, Any]) -> str:
         from vaejob.metrics import LikelihoodTotals
