@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
         kill_tree(head.pid)
         head.wait()
         log.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def kill_tree(pid: int) -> None:

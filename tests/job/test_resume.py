@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.job.conftest import Vaejob, kill_tree
+from vaejob.config import JobConfig
+from vaejob.data.batches import open_data
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row, newest_record, read_rows, recorded_images
 
@@ -70,11 +72,11 @@ def test_job_killed_three_times_equals_the_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.ray
 def test_two_workers_then_one_then_three_see_the_batches_of_one(
-    vaejob: Vaejob, ray_head: dict[str, str], job_file: Path, tmp_path: Path
+    vaejob: Vaejob, ray_head: dict[str, str], job: JobConfig, job_file: Path, tmp_path: Path
 ) -> None:
     one = vaejob("train", job_file, "run.name=one")
     assert one.returncode == 0, one.stderr
-    epoch = 1444
+    epoch = open_data(job.data.train).manifest.images
     for workers, images in ((2, epoch + 8 * 64), (1, 2 * epoch + 17 * 64), (3, 6000)):  # where batches end
         part = vaejob(
             "train",

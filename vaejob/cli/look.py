@@ -176,13 +176,12 @@ def _table(*headers: str) -> Any:
 
     table = Table(box=None, padding=(0, 2, 1, 0))
     for header in headers:
-        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left", overflow="fold")
+        table.add_column(header.lstrip(">"), justify="right" if header.startswith(">") else "left", no_wrap=True)
     return table
 
 
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
-    # Cut off nothing where the output goes to a file or a pipe.
-    Console(highlight=False, width=console.width if console.is_terminal else 400).print(table)
+    # Wider than any table: a narrow terminal may wrap a line, but no digit is cut off.
+    Console(highlight=False, width=400).print(table)

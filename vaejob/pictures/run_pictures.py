@@ -57,7 +57,7 @@ def _sheet(model: LoadedModel, samples: Image.Image, reconstructions: Image.Imag
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(24), ImageFont.load_default(15)
     images = "held-out" if model.job.data.test else "training"
     for left, picture, title, caption in (
-        (MARGIN, samples, "Samples", "pictures decoded from random codes"),
+        (MARGIN, samples, "Samples", "mean pictures decoded from random codes"),
         (right, reconstructions, "Reconstructions", f"{images} images, each above what its code decodes to"),
     ):
         draw.text((left, 18), title, fill=INK, font=large)
