@@ -56,9 +56,9 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Trains, or continues, the job until it is done or should stop; the address of its run, which holds the rest."""
-    from vaejob.run import finished, run_address, train_here
+    from vaejob.run import begin, run_address, train_here
 
-    if finished(job) is None:
+    if begin(job):
         if job.cluster.workers == 0:
             train_here(job, on_event=on_event, should_stop=should_stop)
         else:

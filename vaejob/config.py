@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vaejob.errors import ConfigError
 
+MOST_ROWS_MIXED = 2**22
+
 
 class Section(BaseModel):
     model_config = ConfigDict(
@@ -48,6 +50,15 @@ class DataConfig(Section):
     """Images within a lane are displaced by less than this many rows; memory and mixing grow with it."""
     prefetch_batches: int = Field(default=4, ge=1, le=256)
     """Batches each worker fetches and decodes ahead of the step."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.lanes * self.window_rows > MOST_ROWS_MIXED:
+            raise ValueError(
+                f"data.lanes x data.window_rows is {self.lanes * self.window_rows}; that many images would be held in "
+                f"memory to be mixed, and {MOST_ROWS_MIXED} is the most"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -183,7 +194,7 @@ class JobConfig(Section):
 
 # Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
 _FREE = ("run.name", "run.bucket", "data.train", "data.test", "data.prefetch_batches", "training.report_every_images",
-         "training.evaluate_every_images", "training.evaluate_samples", "checkpoint.", "cluster.")  # fmt: skip
+         "training.evaluate_every_images", "checkpoint.", "cluster.")  # fmt: skip
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), *, source: str = "the configuration") -> JobConfig:

@@ -1,5 +1,8 @@
 """The errors a user can act on: each is one line that names the thing, what was found and what would be right."""
 
+STOPPED_STATUS = 85
+"""Exit status of a job that was asked to stop and left a checkpoint: run the same command again to go on."""
+
 
 class VaejobError(Exception):
     """Something a person can mend; the command line prints it as one line."""

@@ -21,6 +21,7 @@ from vaejob.storage import Bucket, absolute, join, open_bucket, split_address
 from vaejob.storage.runs import (
     JOB_KEY,
     Record,
+    begin_attempt,
     new_attempt,
     newest_record,
     read_job,
@@ -84,8 +85,8 @@ def open_inputs(job: JobConfig) -> Inputs:
     return inputs
 
 
-def prepare(job: JobConfig) -> Inputs:
-    """Checks everything that can be checked before workers start, and claims the run's name by writing job.yaml.
+def begin(job: JobConfig) -> bool:
+    """Checks everything that can be checked before workers start, and notes the attempt; False if nothing is left to do.
 
     Raises, in one line: ConfigError, DataError, RunError for a name that belongs to another configuration or other
     data, BucketError for a bucket that does not exist or may not be written.
@@ -99,15 +100,11 @@ def prepare(job: JobConfig) -> Inputs:
                 "set them back to continue it, or choose another run.name"
             )
         _refuse_other_data(inputs)
-    inputs.run.write(f"attempts/{new_attempt()}.txt", _who_and_where().encode())
-    inputs.run.create(JOB_KEY, job.to_yaml().encode())
-    return inputs
-
-
-def finished(job: JobConfig) -> Record | None:
-    """The last record of a run that has nothing left to do."""
-    record, _ = newest_record(open_bucket(run_address(job)))
-    return record if record and record.images_seen >= job.training.images else None
+    record, _ = newest_record(inputs.run)
+    if record and record.images_seen >= job.training.images:
+        return False
+    begin_attempt(inputs.run, job, who=f"{datetime.now(UTC).isoformat()} pid {os.getpid()} on {platform.node()}")
+    return True
 
 
 def make_ledger(job: JobConfig, inputs: Inputs, *, on_event: Callable[[Event], None]) -> Ledger:
@@ -200,8 +197,8 @@ class ThisProcess:
 
 
 def train_here(job: JobConfig, *, on_event: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
-    """Runs the whole job in this process, without Ray."""
-    inputs = prepare(job)
+    """Runs the whole job, which has begun, in this process without Ray."""
+    inputs = open_inputs(job)
     device = torch.device("cuda" if job.cluster.gpus_per_worker else "cpu")
     ledger = make_ledger(job, inputs, on_event=on_event)
     work(job, ThisProcess(ledger, device=device, should_stop=should_stop))
@@ -236,10 +233,6 @@ def _refuse_other_data(inputs: Inputs) -> None:
                 f"{inputs.run.url} belongs to a run on other images: the fingerprint of data.{name} was "
                 f"{str(then)[:12]}, now it is {str(now[name])[:12]}; choose another run.name, or the data it was started on"
             )
-
-
-def _who_and_where() -> str:
-    return f"{datetime.now(UTC).isoformat()} pid {os.getpid()} on {platform.node()}\n"
 
 
 def _by(shape: tuple[int, int, int]) -> str:

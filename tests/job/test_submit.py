@@ -49,11 +49,11 @@ def test_stopped_job_leaves_a_run_that_its_address_alone_resumes(
         time.sleep(0.2)
     stopped = vaejob("stop", run, env=ray_head)
     assert stopped.returncode == 0, stopped.stderr
-    assert "stopped, with a checkpoint" in stopped.stdout
+    reached = recorded_images(open_bucket(str(run)))[-1]
+    assert f"stopped: its newest checkpoint is at {reached:,} images" in stopped.stdout
     log, _ = following.communicate(timeout=60)
     assert following.returncode == 85, log
-
-    reached = recorded_images(open_bucket(str(run)))[-1]
+    assert f"stopped at {reached:,} of 2,000,000 images" in log
     resumed = vaejob("resume", run, f"training.images={reached + 1000}", "cluster.workers=0")
     assert resumed.returncode == 0, resumed.stderr
     assert recorded_images(open_bucket(str(run)))[-1] == reached + 1000

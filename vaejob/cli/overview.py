@@ -75,7 +75,7 @@ def look_at(address: str, *, whole_history: bool) -> Overview:
         except CheckpointError as error:
             problems = problems if str(error) in problems else [*problems, str(error)]
     rows = read_rows(run) if whole_history else _last_report(run)
-    attempts = [key.removeprefix("attempts/").removesuffix(".txt") for key in run.keys("attempts/")]
+    attempts = [key.removeprefix("attempts/").removesuffix(".yaml") for key in run.keys("attempts/")]
     return Overview(run.url, job, newest, records, rows, attempts, problems)
 
 

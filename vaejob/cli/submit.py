@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from vaejob.cli.terminal import say
-from vaejob.cli.train import STOPPED, Overrides
+from vaejob.cli.train import Overrides
+from vaejob.errors import STOPPED_STATUS
 
 Address = Annotated[
     str | None,
@@ -70,12 +71,15 @@ def stop(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME
       vaejob stop s3://models/mnist-iwae-1
     """
     from vaejob.cluster import jobs
-    from vaejob.storage import absolute
+    from vaejob.storage import absolute, open_bucket
+    from vaejob.storage.runs import newest_record
 
     client = jobs.connect(address)
     status = jobs.stop_job(jobs.find_job(absolute(run), client), client)
-    words = {0: "had already ended", STOPPED: "stopped, with a checkpoint"}
-    say(f"{words.get(status, f'ended with status {status}')}; go on with: vaejob resume {run}")
+    record, _ = newest_record(open_bucket(run))
+    kept = f"its newest checkpoint is at {record.images_seen:,} images" if record else "it had no checkpoint yet"
+    say(f"{'stopped' if status == STOPPED_STATUS else f'had ended with status {status}'}: {kept}")
+    say(f"go on with: vaejob resume {run}")
 
 
 def _write(text: str) -> None:

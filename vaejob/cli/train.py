@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaejob.cli.terminal import Progress, bits, nats, say, say_json, warn, what_it_is_of
+from vaejob.errors import STOPPED_STATUS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from vaejob.config import JobConfig
-
-STOPPED = 85
-"""Exit status of a job that was asked to stop and left a checkpoint: run the same command again to go on."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the result.")]
@@ -52,10 +50,11 @@ def resume(
       vaejob resume s3://models/mnist-iwae-1 cluster.workers=4
     """
     from vaejob import load_config
-    from vaejob.storage import absolute, join, split_address
+    from vaejob.storage import absolute, join, open_bucket, split_address
+    from vaejob.storage.runs import job_key
 
     bucket, name = split_address(absolute(run))
-    address = join(bucket, name, "job.yaml")
+    address = join(bucket, name, job_key(open_bucket(absolute(run))))
     here = [f"run.bucket={bucket}", f"run.name={name}"]  # a copied run goes on where it lies now
     run_job(load_config(address, *here, *(overrides or [])), quiet=quiet or as_json, as_json=as_json)
 
@@ -114,7 +113,7 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
     if record is None or record.images_seen < job.training.images:
         seen = record.images_seen if record else 0
         warn(f"stopped at {seen:,} of {job.training.images:,} images; go on with: vaejob resume {address}")
-        raise typer.Exit(STOPPED if stopped else 3)
+        raise typer.Exit(STOPPED_STATUS if stopped else 3)
     pictures = write_run_pictures(address)
     totals = LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
     if as_json:

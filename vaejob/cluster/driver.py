@@ -20,7 +20,7 @@ from vaejob.cluster.join import cluster_address, cluster_of, first_line, wait_fo
 from vaejob.cluster.worker import failure, train_worker
 from vaejob.config import ClusterConfig, JobConfig
 from vaejob.errors import ClusterError, VaejobError
-from vaejob.run import make_ledger, open_inputs, prepare
+from vaejob.run import make_ledger, open_inputs
 from vaejob.storage.runs import new_attempt
 from vaejob.training.worker import Event, Report
 
@@ -102,12 +102,11 @@ class KeepLedger(UserCallback):
 def train_on_cluster(
     job: JobConfig, *, on_event: Callable[[Event], None], should_stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Runs the job to its end, or to a checkpoint once should_stop says so; it is asked, and events told, twice a second.
+    """Runs the job, which has begun, to its end, or to a checkpoint once should_stop says so; it is asked, and events told, twice a second.
 
     Raises what was wrong with the input, ClusterError when the cluster is too small or lost, BucketError when the
     ledger cannot be written.
     """
-    prepare(job)
     address = cluster_address(job.cluster)
     on_event(_status(f"joining the Ray cluster at {address}" if address else "starting a Ray cluster on this machine"))
     # Ray's own storage holds nothing of ours: a folder of this attempt alone, that cannot be stale or torn.

@@ -1,6 +1,7 @@
 """Carries a job to a Ray cluster by the Jobs API, with this version of the code, and finds it again by its run."""
 
 import asyncio
+import logging
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vaejob.config import JobConfig
-from vaejob.errors import ClusterError, RunError
+from vaejob.errors import STOPPED_STATUS, ClusterError, RunError
 from vaejob.run import run_address
 from vaejob.storage.runs import new_attempt
 
@@ -22,6 +23,7 @@ ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 def connect(address: str | None) -> JobSubmissionClient:
     """The Jobs API of a cluster's head, http://HOST:8265. Raises ClusterError if none answers there."""
+    logging.getLogger("ray").setLevel(logging.WARNING)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     try:
         return JobSubmissionClient(address)
@@ -79,7 +81,7 @@ def stop_job(job_id: str, client: JobSubmissionClient) -> int:
 def wait_for_end(job_id: str, client: JobSubmissionClient) -> int:
     while (status := client.get_job_status(job_id)) not in ENDED:
         time.sleep(0.5)
+    if status == JobStatus.STOPPED:
+        return STOPPED_STATUS  # Ray keeps no exit status of a driver that it was asked to stop
     code = client.get_job_info(job_id).driver_exit_code
-    if code is not None:
-        return int(code)
-    return 0 if status == JobStatus.SUCCEEDED else 3
+    return int(code) if code is not None else 3

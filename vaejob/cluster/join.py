@@ -1,6 +1,8 @@
 """Joins a Ray cluster, or starts one on this machine, and waits until it has room."""
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from vaejob.config import ClusterConfig
 from vaejob.errors import ClusterError
 
 HEALTH_CHECK_SECONDS = 0.5
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def cluster_address(config: ClusterConfig) -> str | None:
@@ -31,6 +34,7 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     address = cluster_address(config)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         if address:
             ray.init(address=address, namespace="vaejob", **quiet)
@@ -42,6 +46,9 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
         raise ClusterError(
             f"no Ray cluster could be reached at {address or 'this machine'}: {first_line(error)}"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # ray.init puts its own in their place, which end the process
     try:
         yield
     finally:

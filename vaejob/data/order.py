@@ -127,7 +127,7 @@ class EpochOrder:
         low, high = max(0, start - window + 1), min(self.layout.lane_rows(lane), stop + window - 1)
         rows = np.arange(low, high, dtype=np.int64)
         hashes = (_hashes(hash_of(self._key, 1, lane), rows) >> np.uint64(32)).astype(np.int64)
-        by_key = np.argsort((rows << 32) + hashes * window, kind="stable")
+        by_key = np.argsort(((rows - low) << 32) + hashes * window, kind="stable")
         return rows[by_key[start - low : stop - low]]
 
     def rows(self, lane: int, start: int, stop: int) -> Rows:
