@@ -17,6 +17,8 @@ import pytest
 from tests.s3.server import S3Server
 from vaejob.config import JobConfig, parse_config
 
+ROOT = Path(__file__).parents[2]
+
 DIGITS_JOB = """
 run: {{name: run, bucket: {bucket}}}
 data: {{train: {digits}/train, test: {digits}/test, global_batch: 64, lanes: 6, window_rows: 64}}
@@ -95,19 +97,16 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
     port, dashboard = _free_port(), _free_port()
     env = {
         **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "PORT": str(port),
+        "DASHBOARD_PORT": str(dashboard),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
+    options = ["--num-cpus=4", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--object-store-memory=200000000"]
     head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
-         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
-         f"--temp-dir={folder}", "--object-store-memory=200000000", "--disable-usage-stats"],
-        env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        ["deploy/ray-node.sh", "head", *options], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+    )
     try:
         _wait_until_answers(f"http://127.0.0.1:{dashboard}/api/jobs/", head, Path(log.name))
         yield {

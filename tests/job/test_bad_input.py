@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.job.conftest import Vaejob
+from tests.s3.server import S3Server
 
 
 def refused(vaejob: Vaejob, *arguments: object, status: int = 2, env: dict[str, str] | None = None) -> str:
@@ -92,7 +93,7 @@ def test_damaged_shard(
 
 @pytest.mark.ray
 def test_more_workers_than_the_cluster_holds(vaejob: Vaejob, job_file: Path, ray_head: dict[str, str]) -> None:
-    settings = ["cluster.workers=9", "cluster.wait_seconds=1"]
+    settings = ["--quiet", "cluster.workers=9", "cluster.wait_seconds=1"]
     line = refused(vaejob, "train", job_file, *settings, status=3, env=ray_head)
     assert "cluster.workers is 9: they ask for 9 CPUs, the cluster has 4 CPUs (4 free)" in line
     gpus = refused(vaejob, "train", job_file, *settings, "cluster.gpus_per_worker=1", status=3, env=ray_head)
@@ -101,7 +102,33 @@ def test_more_workers_than_the_cluster_holds(vaejob: Vaejob, job_file: Path, ray
 
 @pytest.mark.ray
 def test_cluster_that_is_not_there(vaejob: Vaejob, job_file: Path) -> None:
-    line = refused(vaejob, "train", job_file, "cluster.workers=1", "cluster.address=127.0.0.1:1", status=3)
+    line = refused(
+        vaejob,
+        "train",
+        job_file,
+        "--quiet",
+        "cluster.workers=1",
+        "cluster.address=127.0.0.1:1",
+        "cluster.wait_seconds=1",
+        status=3,
+    )
     assert "no Ray cluster could be reached at 127.0.0.1:1" in line
     submit = refused(vaejob, "submit", job_file, "--address", "http://127.0.0.1:1", status=3)
     assert "no Ray cluster takes jobs at http://127.0.0.1:1" in submit
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("setting", ["run.bucket", "data.train"])
+def test_bucket_that_does_not_exist(setting: str, vaejob: Vaejob, job_file: Path, s3_env: S3Server) -> None:
+    line = refused(vaejob, "train", job_file, f"{setting}=s3://vaejob-no-such-bucket/somewhere", status=3)
+    assert "s3://vaejob-no-such-bucket/somewhere" in line
+    assert "does not exist" in line
+
+
+@pytest.mark.s3
+def test_bucket_that_may_not_be_written(
+    vaejob: Vaejob, job_file: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    line = refused(vaejob, "train", job_file, f"run.bucket={s3_bucket}", status=3)
+    assert "access denied" in line

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         if address:
+            _refuse_silent(address, wait_seconds=config.wait_seconds)
             ray.init(address=address, namespace="vaejob", **quiet)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -53,6 +55,22 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silent(address: str, *, wait_seconds: float) -> None:
+    """Raises ConnectionError if nothing listens at HOST:PORT: ray.init would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()) or "://" in address:
+        return  # auto, local, ray://...: Ray's own business
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConnectionError(f"{error}; waited {wait_seconds:g} s (cluster.wait_seconds)") from None
+            time.sleep(0.5)
 
 
 def wait_for_room(config: ClusterConfig) -> None:
