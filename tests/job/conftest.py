@@ -12,7 +12,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from PIL import Image
 
 from tests.s3.server import S3Server
 from vaejob.config import JobConfig, parse_config
@@ -121,10 +123,15 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def picture_size(path: Path | str) -> tuple[int, int]:
+    """Of a picture that opens and decodes."""
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and all that descend from it, parents first so that nothing is started anew."""
-    import psutil
-
     try:
         parent = psutil.Process(pid)
     except psutil.NoSuchProcess:

@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from tests.job.conftest import Vaejob
+from tests.job.conftest import Vaejob, picture_size
 
 
 @pytest.mark.ray
@@ -22,7 +21,7 @@ def test_quickstart_ends_with_the_run_its_likelihood_and_a_picture(vaejob: Vaejo
     assert 0 < float(held_out[2]) < 0.03
     picture = re.search(r"pictures  (\S+)", done.stdout)
     assert picture
-    assert min(Image.open(picture[1]).size) > 200
+    assert min(picture_size(picture[1])) > 200
     assert "Traceback" not in done.stderr
 
     again = vaejob("quickstart", "--bucket", tmp_path / "home")

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.job.conftest import Vaejob, kill_tree
@@ -93,3 +94,32 @@ def test_two_workers_then_one_then_three_see_the_batches_of_one(
     assert batches_seen(changing) == batches_seen(steady)
     final = [[row for row in history(run) if row["split"] == "test"][-1] for run in (steady, changing)]
     assert final[1]["negative_bound_nats"] == pytest.approx(final[0]["negative_bound_nats"], rel=1e-4)
+
+
+@pytest.mark.ray
+def test_killed_worker_is_started_again_and_no_image_is_missed_or_seen_twice(
+    vaejob: Vaejob, job_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", str(job_file), "training.images=60000", "cluster.workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vaejob", *arguments, "run.name=killed"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not recorded_images(open_bucket(f"{tmp_path}/runs/killed")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "continuing from the checkpoint at" in said
+
+    assert vaejob(*arguments, "cluster.workers=0", "run.name=whole").returncode == 0
+    assert batches_seen(f"{tmp_path}/runs/killed") == batches_seen(f"{tmp_path}/runs/whole")
