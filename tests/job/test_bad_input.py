@@ -121,8 +121,7 @@ def test_cluster_that_is_not_there(vaejob: Vaejob, job_file: Path) -> None:
 @pytest.mark.parametrize("setting", ["run.bucket", "data.train"])
 def test_bucket_that_does_not_exist(setting: str, vaejob: Vaejob, job_file: Path, s3_env: S3Server) -> None:
     line = refused(vaejob, "train", job_file, f"{setting}=s3://vaejob-no-such-bucket/somewhere", status=3)
-    assert "s3://vaejob-no-such-bucket/somewhere" in line
-    assert "does not exist" in line
+    assert "s3://vaejob-no-such-bucket does not exist" in line
 
 
 @pytest.mark.s3
