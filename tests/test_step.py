@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vaejob.config import ObjectiveConfig, OptimizerConfig, parse_config
-from vaejob.training.schedule import beta, crosses, learning_rate
+from vaejob.training.schedule import beta, crosses, due, learning_rate
 from vaejob.training.step import make_optimizer, make_scorer, train_step
 
 JOB = parse_config(
@@ -79,6 +79,22 @@ def test_something_is_due_when_a_multiple_is_passed_or_reached(every: int, befor
     due = any(images % every == 0 for images in range(before + 1, before + size + 1))
     assert crosses(every, before=before, after=before + size) == due
     assert not crosses(0, before=before, after=before + size)
+
+
+def test_checkpoints_and_held_out_passes_end_a_report() -> None:
+    job = JOB.model_copy(
+        update={
+            "data": JOB.data.model_copy(update={"test": "somewhere"}),
+            "training": JOB.training.model_copy(
+                update={"images": 100, "report_every_images": 30, "evaluate_every_images": 40}
+            ),
+            "checkpoint": JOB.checkpoint.model_copy(update={"every_images": 25}),
+        }
+    )
+    found = {after: due(job, before=after - 5, after=after) for after in range(5, 105, 5)}
+    assert [after for after, now in found.items() if now.save] == [25, 50, 75, 100]
+    assert [after for after, now in found.items() if now.evaluate] == [40, 80, 100]
+    assert [after for after, now in found.items() if now.report] == [25, 30, 40, 50, 60, 75, 80, 90, 100]
 
 
 def test_learning_rate_warms_up_and_falls_by_half_a_cosine() -> None:

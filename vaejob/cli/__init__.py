@@ -1,11 +1,13 @@
 """The command line: the only place that prints and exits."""
 
 import sys
+from typing import Annotated
 
 import typer
 
 from vaejob.cli import data, look, submit, train, use
 from vaejob.errors import VaejobError
+from vaejob.version import VERSION
 
 app = typer.Typer(
     name="vaejob",
@@ -14,6 +16,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vaejob {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which this is.")
+    ] = False,
+) -> None:
+    pass
+
+
 for verb in (
     train.quickstart,
     data.pack,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.metrics import LikelihoodTotals, RunningTotals
 from vaejob.training.checkpoint import StateWriter, state_tensors
 from vaejob.training.evaluate import evaluate
-from vaejob.training.schedule import beta, crosses, learning_rate
-from vaejob.training.step import train_step
+from vaejob.training.schedule import beta, due, learning_rate
+from vaejob.training.step import StepTerms, train_step
 from vaejob.training.worker import Report, Worker
 
 
@@ -43,19 +43,10 @@ def train(
     attempt: str,
     notes: tuple[str, ...] = (),
 ) -> None:
-    """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end.
-
-    Reports, held-out passes and checkpoints fall on the same images for any number of workers, and a checkpoint always
-    ends a report, so that the history of a resumed run is that of an uninterrupted one.
-    """
+    """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end."""
     model = _distributed(state.scorer, worker)
-    started_at = state.images_seen
-    totals = RunningTotals(dims_per_image=dims_per_image, device=worker.device)
-    objective_nats = torch.zeros((), dtype=torch.float64, device=worker.device)
-    digest, rate = 0, job.optimizer.learning_rate
-    timed = _Timed(batches)
-
-    for batch in timed:
+    window = Window(worker, attempt, started_at_images=state.images_seen, dims_per_image=dims_per_image)
+    for batch in window.timed(batches):
         before = state.images_seen
         state.images_seen = batch.place.epoch * images_per_epoch + batch.place.stop
         rate = learning_rate(job.optimizer, images_seen=before, images=job.training.images)
@@ -71,62 +62,77 @@ def train(
             learning_rate=rate,
             weight=worker.world_size / batch.place.images,
         )
-        totals.add(terms.bound)
-        objective_nats += terms.objective_nats
-        digest += ids_digest(batch.ids, epoch=batch.place.epoch)
-
-        done = state.images_seen >= job.training.images
-        save = done or crosses(job.checkpoint.every_images, before=before, after=state.images_seen)
-        look = held_out is not None and (
-            done or crosses(job.training.evaluate_every_images, before=before, after=state.images_seen)
-        )
-        if not (save or look or crosses(job.training.report_every_images, before=before, after=state.images_seen)):
+        window.add(terms, batch)  # stays on the device
+        now = due(job, before=before, after=state.images_seen)
+        if not now.report:
             continue
 
-        trained = totals.to_host()
-        _refuse_divergence(trained, state.images_seen)
-        seconds = timed.seconds()
+        report = window.report(state.images_seen, learning_rate=rate, notes=notes)
+        _refuse_divergence(report)
         stop = worker.should_stop()
-        if save or stop:
+        if now.save or stop:
             writer.save(state.images_seen, state_tensors(state.scorer, state.optimizer))
-        worker.report(
-            Report(
-                images_seen=state.images_seen,
-                attempt=attempt,
-                attempt_started_at_images=started_at,
-                rank=worker.rank,
-                world_size=worker.world_size,
-                train=trained,
-                objective_nats=float(objective_nats),
-                ids_digest=digest % 2**64,
-                learning_rate=rate,
-                seconds=seconds,
-                data_wait_seconds=timed.waited(),
-                held_out=_held_out(job, worker, state, held_out) if look and held_out else None,
-                saved=writer.saved(),
-                notes=notes,
-            )
-        )
+        if now.evaluate and held_out is not None:
+            report = replace(report, held_out=_held_out(job, worker, state, held_out))
+        worker.report(replace(report, saved=writer.saved()))
+        window.restart()
         notes = ()
-        totals.clear()
-        objective_nats.zero_()
-        digest = 0
-        timed.restart()
         if stop:
             break
 
     writer.finish()
-    worker.report(
-        Report(
-            images_seen=state.images_seen,
-            attempt=attempt,
-            attempt_started_at_images=started_at,
-            rank=worker.rank,
-            world_size=worker.world_size,
-            saved=writer.saved(),
-            last=True,
+    worker.report(replace(window.report(state.images_seen), saved=writer.saved(), last=True))
+
+
+class Window:
+    """What a rank has summed up since its last report."""
+
+    def __init__(self, worker: Worker, attempt: str, *, started_at_images: int, dims_per_image: int) -> None:
+        self._worker, self._attempt, self._started_at_images = worker, attempt, started_at_images
+        self._totals = RunningTotals(dims_per_image=dims_per_image, device=worker.device)
+        self._objective_nats = torch.zeros((), dtype=torch.float64, device=worker.device)
+        self.restart()
+
+    def restart(self) -> None:
+        self._totals.clear()
+        self._objective_nats.zero_()
+        self._ids_digest = 0
+        self._began = time.perf_counter()
+        self._waited_seconds = 0.0
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, while the time that the step waits for them is counted."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            self._waited_seconds += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, terms: StepTerms, batch: Batch) -> None:
+        """Without waiting for the device."""
+        self._totals.add(terms.bound)
+        self._objective_nats += terms.objective_nats
+        self._ids_digest += ids_digest(batch.ids, epoch=batch.place.epoch)
+
+    def report(self, images_seen: int, *, learning_rate: float = 0.0, notes: tuple[str, ...] = ()) -> Report:
+        """The sums so far; waits for the device."""
+        return Report(
+            images_seen=images_seen,
+            attempt=self._attempt,
+            attempt_started_at_images=self._started_at_images,
+            rank=self._worker.rank,
+            world_size=self._worker.world_size,
+            train=self._totals.to_host(),
+            objective_nats=float(self._objective_nats),
+            ids_digest=self._ids_digest % 2**64,
+            learning_rate=learning_rate,
+            seconds=time.perf_counter() - self._began,
+            data_wait_seconds=self._waited_seconds,
+            notes=notes,
         )
-    )
 
 
 def _distributed(scorer: NegativeELBO, worker: Worker) -> nn.Module:
@@ -154,37 +160,9 @@ def _to_device(images: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _refuse_divergence(totals: LikelihoodTotals, images_seen: int) -> None:
-    if totals.non_finite:
+def _refuse_divergence(report: Report) -> None:
+    if report.train.non_finite:
         raise ConfigError(
-            f"the bound of {totals.non_finite} images is not finite at {images_seen} images seen; "
-            "lower optimizer.learning_rate, or set optimizer.warmup_images or optimizer.clip"
+            f"the bound of {report.train.non_finite} images is not finite at {report.images_seen} images seen; start a "
+            "new run with a lower optimizer.learning_rate, or with optimizer.warmup_images or optimizer.clip set"
         )
-
-
-class _Timed:
-    """Batches, with the time since the last report and how much of it was spent waiting for them."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-        self.restart()
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._batches)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def waited(self) -> float:
-        return self._waited
-
-    def restart(self) -> None:
-        self._started = time.perf_counter()
-        self._waited = 0.0

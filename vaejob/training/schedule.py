@@ -1,8 +1,30 @@
 """What changes with progress, as pure functions of images seen."""
 
 import math
+from typing import NamedTuple
 
-from vaejob.config import ObjectiveConfig, OptimizerConfig
+from vaejob.config import JobConfig, ObjectiveConfig, OptimizerConfig
+
+
+class Due(NamedTuple):
+    """What is to be done after a batch."""
+
+    report: bool
+    evaluate: bool
+    save: bool
+
+
+def due(job: JobConfig, *, before: int, after: int) -> Due:
+    """What falls on the images (before, after], the same for any number of workers.
+
+    A held-out pass and a checkpoint end a report, so that the history of a resumed run is that of an uninterrupted one;
+    all three fall on the last image.
+    """
+    done = after >= job.training.images
+    evaluate = done or crosses(job.training.evaluate_every_images, before=before, after=after)
+    save = done or crosses(job.checkpoint.every_images, before=before, after=after)
+    report = save or evaluate or crosses(job.training.report_every_images, before=before, after=after)
+    return Due(report, evaluate and job.data.test is not None, save)
 
 
 def learning_rate(config: OptimizerConfig, *, images_seen: int, images: int) -> float:
