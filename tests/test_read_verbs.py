@@ -143,6 +143,13 @@ def test_data_out_of_reach_costs_only_the_epochs(copy: Path, home: Path) -> None
     assert run["finished"]
 
 
+def test_a_run_made_longer_is_as_long_as_it_was_last_asked_to_be(copy: Path) -> None:
+    here = (f"run.bucket={copy.parent}", f"run.name={copy.name}")
+    vaejob.train(vaejob.load_config(str(copy / "job.yaml"), *here, "training.images=4500"))
+    (run,) = said_json("runs", str(copy.parent))
+    assert (run["finished"], run["images_seen"], run["images"], run["attempts"]) == (True, 4500, 4500, 2)
+
+
 def test_an_address_without_runs_is_one_line(finished_run: str, tmp_path: Path) -> None:
     assert "holds no runs" in str(error_of("runs", str(tmp_path)))
     assert f"vaejob show {finished_run}" in str(error_of("runs", finished_run))

@@ -51,10 +51,11 @@ def resume(
     """
     from vaejob import load_config
     from vaejob.storage import absolute, join, open_bucket, split_address
-    from vaejob.storage.runs import job_key
+    from vaejob.storage.runs import JOB_KEY, read_job
 
     bucket, name = split_address(absolute(run))
-    address = join(bucket, name, job_key(open_bucket(absolute(run))))
+    read_job(open_bucket(absolute(run)))  # says so if no run is there
+    address = join(bucket, name, JOB_KEY)
     here = [f"run.bucket={bucket}", f"run.name={name}"]  # a copied run goes on where it lies now
     run_job(load_config(address, *here, *(overrides or [])), quiet=quiet or as_json, as_json=as_json)
 

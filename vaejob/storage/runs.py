@@ -65,27 +65,21 @@ def record_key(images_seen: int) -> str:
     return f"records/{images_seen:012d}.json"
 
 
-def job_key(run: Bucket) -> str:
-    """Where the run's configuration is, as it was last started: longer, perhaps, or with more workers than at first.
-
-    Raises RunError where no run is.
-    """
-    if run.size(JOB_KEY) is None:
-        raise RunError(f"{run.url} is no run: no {JOB_KEY} is there; list runs with: vaejob runs BUCKET")
-    return max(run.keys("attempts/"), default=JOB_KEY)
-
-
 def read_job(run: Bucket) -> JobConfig:
     """The configuration of the run, as it was last started. Raises RunError where no run is."""
-    key = job_key(run)
-    return parse_config(run.read(key).decode(), source=f"{run.url}/{key}")
+    try:
+        text = run.read(JOB_KEY).decode()
+    except ObjectMissing:
+        raise RunError(f"{run.url} is no run: no {JOB_KEY} is there; list runs with: vaejob runs BUCKET") from None
+    return parse_config(text, source=f"{run.url}/{JOB_KEY}")
 
 
 def begin_attempt(run: Bucket, job: JobConfig, *, who: str) -> None:
-    """Notes a start of the job and its settings; the first of a run writes job.yaml. Raises BucketError."""
+    """Notes a start of the job: job.yaml is the run's configuration from now on, which may be longer than it was, or
+    have more workers, but leads to the same results. Raises BucketError."""
     text = f"# {who}\n{job.to_yaml()}".encode()
     run.write(f"attempts/{new_attempt()}.yaml", text)
-    run.create(JOB_KEY, text)
+    run.write(JOB_KEY, text)
 
 
 def write_state_file(run: Bucket, key: str, data: bytes) -> StateFile:
