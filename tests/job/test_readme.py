@@ -27,6 +27,13 @@ def test_readme_opens_with_the_two_commands() -> None:
     assert "-m pytest" in makefile
 
 
+def test_tree_names_every_file_and_no_other() -> None:
+    tree = README.read_text().partition("## The house")[2]
+    named = set(re.findall(r"\w+\.py", tree))
+    there = {path.name for path in (README.parent / "vaejob").rglob("*.py") if not path.name.startswith("__")}
+    assert named == there
+
+
 @pytest.mark.ray
 @pytest.mark.s3
 def test_commands_of_the_readme_run(
