@@ -102,8 +102,9 @@ class KeepLedger(UserCallback):
 def train_on_cluster(
     job: JobConfig, *, on_event: Callable[[Event], None], should_stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Runs the job, which has begun, to its end, or to a checkpoint once should_stop says so; it is asked, and events told, twice a second.
+    """Runs the job, which has begun, to its end, or to a checkpoint once should_stop says so.
 
+    It is asked, and events are told, twice a second, both on the calling thread.
     Raises what was wrong with the input, ClusterError when the cluster is too small or lost, BucketError when the
     ledger cannot be written.
     """

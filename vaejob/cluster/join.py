@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from vaejob.config import ClusterConfig
 from vaejob.errors import ClusterError
 
 HEALTH_CHECK_SECONDS = 0.5
+OWN_CLUSTER_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -42,9 +44,8 @@ def cluster_of(config: ClusterConfig) -> Iterator[None]:
             ray.init(address=address, namespace="vaejob", **quiet)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            cpus = max(os.cpu_count() or 1, 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace="vaejob", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.init(address="local", include_dashboard=False, namespace="vaejob", **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster could be reached at {address or 'this machine'}: {first_line(error)}"
         ) from error
@@ -76,7 +77,9 @@ def _refuse_silent(address: str, *, wait_seconds: float) -> None:
 def wait_for_room(config: ClusterConfig) -> None:
     """Waits until the cluster has room for the workers. Raises ClusterError with what was asked and what there is."""
     asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
-    deadline = time.monotonic() + config.wait_seconds
+    # A cluster of this machine alone grows no further.
+    wait_seconds = config.wait_seconds if cluster_address(config) else min(config.wait_seconds, OWN_CLUSTER_SECONDS)
+    deadline = time.monotonic() + wait_seconds
     while True:
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
         if all(free.get(kind, 0) >= number for kind, number in asked.items()):
@@ -90,7 +93,7 @@ def wait_for_room(config: ClusterConfig) -> None:
     nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
     raise ClusterError(
         f"cluster.workers is {config.workers}: they ask for {wants}, the cluster has {has} on {nodes} nodes; "
-        f"waited {config.wait_seconds:g} s (cluster.wait_seconds)"
+        f"waited {wait_seconds:g} s (cluster.wait_seconds)"
     )
 
 
