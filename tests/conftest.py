@@ -4,11 +4,12 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.s3.server import HOW_TO_INSTALL, S3Server, client, running, which_server
 
-settings.register_profile("vaejob", deadline=None)  # no test asserts how long something takes
+# No test asserts how long something takes.
+settings.register_profile("vaejob", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vaejob")
 
 

@@ -58,12 +58,12 @@ def kill_three_times(arguments: list[str], run: Path, *, seed: int) -> list[int]
 def test_job_killed_three_times_equals_the_uninterrupted_one_bit_for_bit(
     workers: int, vaejob: Vaejob, job_file: Path, tmp_path: Path
 ) -> None:
-    arguments = ["train", str(job_file), "training.images=24000", f"cluster.workers={workers}"]
+    arguments = ["train", str(job_file), "training.images=48000", f"cluster.workers={workers}"]
     whole = vaejob(*arguments, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
 
     killed_at = kill_three_times([*arguments, "run.name=killed"], tmp_path / "runs/killed", seed=workers)
-    assert 0 < killed_at[0] < killed_at[1] < killed_at[2] < 24000
+    assert 0 < killed_at[0] < killed_at[1] < killed_at[2] < 48000
     last = vaejob(*arguments, "run.name=killed")
     assert last.returncode == 0, last.stderr
 
