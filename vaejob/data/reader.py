@@ -73,13 +73,15 @@ class RowGroupReader:
         shape = self._manifest.shape
         images = np.empty((len(ids), *shape), dtype=np.uint8)
         flat = images.reshape(len(ids), self._manifest.dims)
-        for group, future in fetched.items():
-            columns, chosen = future.result(), np.flatnonzero(groups == group)
-            rows = ids[chosen] - self._first_ids[group]
+        rows = ids - self._first_ids[groups]
+        by_group = np.argsort(groups, kind="stable")
+        starts, ends = (np.searchsorted(groups[by_group], list(fetched), side=side) for side in ("left", "right"))
+        for (group, future), start, end in zip(fetched.items(), starts, ends, strict=True):
+            columns, chosen = future.result(), by_group[start:end]
             if isinstance(columns.images, np.ndarray):
-                flat[chosen] = columns.images[rows]
+                flat[chosen] = columns.images[rows[chosen]]
             else:
-                for place, row in zip(chosen, rows, strict=True):
+                for place, row in zip(chosen, rows[chosen], strict=True):
                     key = f"{self._bucket.url}/{self._places[group][0].key} image {self._first_ids[group] + row}"
                     images[place] = decode_image(columns.images[row], key, shape=shape)
         return images
