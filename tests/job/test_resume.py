@@ -1,5 +1,6 @@
 """A killed job goes on as if it had never been killed; the number of workers changes nothing that is learnt."""
 
+import os
 import random
 import subprocess
 import sys
@@ -10,8 +11,6 @@ import psutil
 import pytest
 
 from tests.job.conftest import Vaejob, kill_tree
-from vaejob.config import JobConfig
-from vaejob.data.batches import open_data
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row, newest_record, read_rows, recorded_images
 
@@ -35,23 +34,23 @@ def batches_seen(run: str) -> list[tuple[int, str]]:
     return [(row["images_seen"], row["ids_digest"]) for row in read_rows(open_bucket(run)) if row["split"] == "train"]
 
 
-def kill_three_times(arguments: list[str], run: Path, *, seed: int) -> list[int]:
-    """Starts the job three times and SIGKILLs all of it at a random moment of its training; where each was killed."""
-    chance = random.Random(seed)
-    killed_at = []
-    for _ in range(3):
-        before = recorded_images(open_bucket(str(run)))
-        process = subprocess.Popen([sys.executable, "-m", "vaejob", *arguments], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while recorded_images(open_bucket(str(run)))[-1:] == before[-1:] and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.3))
-        assert process.poll() is None, "the job was over before it could be killed"
-        kill_tree(process.pid)
-        process.wait()
-        killed_at.append(recorded_images(open_bucket(str(run)))[-1])
-    return killed_at
+def kill_in_mid_run(
+    arguments: list[str], run: Path, *, chance: random.Random, env: dict[str, str] | None = None
+) -> int:
+    """Starts the job and SIGKILLs all of it at a random moment after a checkpoint of its own; where the newest one is."""
+    bucket = open_bucket(str(run))
+    before = recorded_images(bucket)
+    command = [sys.executable, "-m", "vaejob", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+    deadline = time.monotonic() + 120
+    while recorded_images(bucket)[-1:] == before[-1:] and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.3))
+    assert process.poll() is None, "the job was over before it could be killed"
+    kill_tree(process.pid)
+    process.wait()
+    return recorded_images(bucket)[-1]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
@@ -62,7 +61,9 @@ def test_job_killed_three_times_equals_the_uninterrupted_one_bit_for_bit(
     whole = vaejob(*arguments, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
 
-    killed_at = kill_three_times([*arguments, "run.name=killed"], tmp_path / "runs/killed", seed=workers)
+    chance = random.Random(workers)
+    killed = [*arguments, "run.name=killed"]
+    killed_at = [kill_in_mid_run(killed, tmp_path / "runs/killed", chance=chance) for _ in range(3)]
     assert 0 < killed_at[0] < killed_at[1] < killed_at[2] < 48000
     last = vaejob(*arguments, "run.name=killed")
     assert last.returncode == 0, last.stderr
@@ -72,28 +73,24 @@ def test_job_killed_three_times_equals_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.ray
-def test_two_workers_then_one_then_three_see_the_batches_of_one(
-    vaejob: Vaejob, ray_head: dict[str, str], job: JobConfig, job_file: Path, tmp_path: Path
+def test_killed_with_two_workers_then_with_one_then_three_see_the_batches_of_one(
+    vaejob: Vaejob, ray_head: dict[str, str], job_file: Path, tmp_path: Path
 ) -> None:
-    one = vaejob("train", job_file, "run.name=one")
+    arguments = ["train", str(job_file), "training.images=48000"]
+    one = vaejob(*arguments, "run.name=one")
     assert one.returncode == 0, one.stderr
-    epoch = open_data(job.data.train).manifest.images
-    for workers, images in ((2, epoch + 8 * 64), (1, 2 * epoch + 17 * 64), (3, 6000)):  # where batches end
-        part = vaejob(
-            "train",
-            job_file,
-            "run.name=changing",
-            f"training.images={images}",
-            f"cluster.workers={workers}",
-            env=ray_head,
-        )
-        assert part.returncode == 0, part.stderr
+    changing = [*arguments, "run.name=changing"]
+    for workers in (2, 1):
+        settings = [*changing, f"cluster.workers={workers}"]
+        kill_in_mid_run(settings, tmp_path / "runs/changing", chance=random.Random(workers), env=ray_head)
+    last = vaejob(*changing, "cluster.workers=3", env=ray_head)
+    assert last.returncode == 0, last.stderr
 
-    steady, changing = f"{tmp_path}/runs/one", f"{tmp_path}/runs/changing"
-    assert {row["world_size"] for row in read_rows(open_bucket(changing))} == {1, 2, 3}
-    assert batches_seen(changing) == batches_seen(steady)
-    final = [[row for row in history(run) if row["split"] == "test"][-1] for run in (steady, changing)]
-    assert final[1]["negative_bound_nats"] == pytest.approx(final[0]["negative_bound_nats"], rel=1e-4)
+    runs = [f"{tmp_path}/runs/{name}" for name in ("one", "changing")]
+    assert {row["world_size"] for row in read_rows(open_bucket(runs[1]))} == {1, 2, 3}
+    assert batches_seen(runs[1]) == batches_seen(runs[0])
+    final = [[row for row in history(run) if row["split"] == "test"][-1] for run in runs]
+    assert final[1]["negative_bound_nats"] == pytest.approx(final[0]["negative_bound_nats"], rel=1e-3)
 
 
 @pytest.mark.ray

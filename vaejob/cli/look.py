@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaejob.cli.terminal import bits, nats, say, say_json, warn, what_it_is_of
+from vaejob.cli.terminal import bits_and_nats, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
     from vaejob.cli.overview import Overview
-    from vaejob.metrics import LikelihoodTotals
     from vaejob.storage.runs import Record
 
 RUNS_AT_ONCE = 8
@@ -136,7 +135,7 @@ def _say_newest(run: "Overview", split: str) -> None:
     samples = 1 if split == "train" else run.job.training.evaluate_samples
     _, data, fingerprint = next((found for found in data_sets(run) if found[0] == split), (split, "unknown", None))
     say(f"  {what_it_is_of(run.job, totals, samples=samples, data=data, fingerprint=fingerprint or 'unknown')}")
-    say(f"  {_numbers(totals)}")
+    say(f"  {bits_and_nats(totals)}")
     if row["seconds"]:
         workers = f"{row['world_size']} worker{'s' if row['world_size'] > 1 else ''}"
         waited = row["data_wait_seconds"] / row["seconds"]
@@ -151,13 +150,7 @@ def _bound(run: "Overview", record: "Record") -> str:
     totals, samples = held_out_totals(record), run.job.training.evaluate_samples
     assert totals is not None
     name = "-ELBO" if samples == 1 else f"-IWAE-{samples}"
-    return _numbers(totals).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
-
-
-def _numbers(totals: "LikelihoodTotals") -> str:
-    if totals.non_finite:
-        return f"not finite for {totals.non_finite:,} of {totals.images:,} images"
-    return f"{bits(totals)}, {nats(totals)}"
+    return bits_and_nats(totals).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
 
 
 def _ago(then: datetime) -> str:

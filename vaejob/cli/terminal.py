@@ -24,14 +24,14 @@ def say_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
-def nats(totals: "LikelihoodTotals") -> str:
-    """Negative bound in nats per image, with its standard error."""
-    return f"{totals.mean('negative_bound'):.4f} ± {totals.standard_error('negative_bound'):.4f} nats"
-
-
-def bits(totals: "LikelihoodTotals") -> str:
-    """Negative bound in bits per dimension, with its standard error."""
-    return f"{totals.bits_per_dim:.5f} ± {totals.bits_per_dim_standard_error:.5f} bits/dim"
+def bits_and_nats(totals: "LikelihoodTotals") -> str:
+    """Negative bound per dimension and per image, each with its standard error; or why there is none."""
+    if totals.non_finite:
+        return f"not finite for {totals.non_finite:,} of {totals.images:,} images"
+    return (
+        f"{totals.bits_per_dim:.5f} ± {totals.bits_per_dim_standard_error:.5f} bits/dim, "
+        f"{totals.mean('negative_bound'):.4f} ± {totals.standard_error('negative_bound'):.4f} nats"
+    )
 
 
 def what_it_is_of(job: "JobConfig", totals: "LikelihoodTotals", *, samples: int, data: str, fingerprint: str) -> str:
@@ -75,7 +75,7 @@ class Progress:
         totals = LikelihoodTotals.from_dict(row)
         at = self._at(row["images_seen"])
         if row["split"] == "test":
-            return f"{at}  held out {nats(totals)}, {bits(totals)}, {totals.images:,} images"
+            return f"{at}  held out {bits_and_nats(totals)}, {totals.images:,} images"
         rate = totals.images / row["seconds"]
         left = (self._job.training.images - row["images_seen"]) / rate
         return (

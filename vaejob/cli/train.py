@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaejob.cli.terminal import Progress, bits, nats, say, say_json, warn, what_it_is_of
+from vaejob.cli.terminal import Progress, bits_and_nats, say, say_json, warn, what_it_is_of
 from vaejob.errors import STOPPED_STATUS
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def run_job(job: "JobConfig", *, quiet: bool, as_json: bool) -> None:
 
 def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> None:
     """Says what came of the run, draws its pictures if it is done, and exits with its status."""
+    from vaejob.cli.overview import likelihood_numbers
     from vaejob.metrics import LikelihoodTotals
     from vaejob.pictures.run_pictures import write_run_pictures
     from vaejob.storage import open_bucket
@@ -118,15 +119,9 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
     pictures = write_run_pictures(address)
     totals = LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
     if as_json:
+        numbers = likelihood_numbers(totals) if totals else {}
         result = {"run": address, "images_seen": record.images_seen, "pictures": pictures, "held_out": record.held_out}
-        if totals:
-            result |= {
-                "negative_bound_nats": totals.mean("negative_bound"),
-                "negative_bound_nats_standard_error": totals.standard_error("negative_bound"),
-                "bits_per_dim": totals.bits_per_dim,
-                "bits_per_dim_standard_error": totals.bits_per_dim_standard_error,
-            }
-        say_json(result)
+        say_json(result | numbers)
         return
     say()
     say(f"run       {address}")
@@ -139,7 +134,7 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
             data=job.data.test,
             fingerprint=record.test_fingerprint or "",
         )
-        say(f"held out  {bits(totals)}, {nats(totals)}")
+        say(f"held out  {bits_and_nats(totals)}")
         say(f"          {of}")
     say(f"pictures  {pictures['samples-beside-reconstructions']}")
 

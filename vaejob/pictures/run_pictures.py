@@ -73,10 +73,12 @@ def _which_model(model: LoadedModel) -> str:
 
 
 def _how_likely(model: LoadedModel) -> str:
-    """The held-out bound with what makes it comparable; empty if there was no held-out pass."""
+    """The held-out bound with what makes it comparable; empty if there was none."""
     if model.record.held_out is None:
         return ""
     totals, job = LikelihoodTotals.from_dict(model.record.held_out), model.job
+    if totals.non_finite:
+        return f"the bound of {totals.non_finite:,} of {totals.images:,} held-out images is not finite"
     samples, likelihood = job.training.evaluate_samples, job.likelihood
     bound = "-ELBO" if samples == 1 else f"-IWAE bound of {samples} samples"
     kind = f"{likelihood.binarize} binarisation" if likelihood.pixels == "bernoulli" else f"{likelihood.bits} bits"

@@ -75,8 +75,10 @@ def read_job(run: Bucket) -> JobConfig:
 
 
 def begin_attempt(run: Bucket, job: JobConfig, *, who: str) -> None:
-    """Notes a start of the job: job.yaml is the run's configuration from now on, which may be longer than it was, or
-    have more workers, but leads to the same results. Raises BucketError."""
+    """Notes a start of the job; job.yaml is its configuration from now on.
+
+    The caller has made sure that it leads to the same results as before; length or workers may differ.
+    """
     text = f"# {who}\n{job.to_yaml()}".encode()
     run.write(f"attempts/{new_attempt()}.yaml", text)
     run.write(JOB_KEY, text)
