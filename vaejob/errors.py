@@ -24,6 +24,10 @@ class DataError(UserError):
     """A source image, a shard or a manifest is missing, damaged or does not fit."""
 
 
+class DataDamaged(DataError):  # noqa: N818 - a state of the data
+    """Bytes are not those that a checksum was taken of; another read may bring them whole."""
+
+
 class RunError(UserError):
     """A run is missing, belongs to another configuration, or holds nothing to continue from."""
 

@@ -12,10 +12,16 @@ matching requests pass and strikes the next N (for ever without a count). The fa
     reset_mid, fin_mid, stall_mid, corrupt (at)        at that byte of the reply's body
     short_length (at)         a reply that ends there and whose Content-Length agrees
     reset_after               carried out by the server; the reply is lost
+    throttle (bytes_per_s)    replies share a line of this speed
+
+A rule with a "chance" strikes that share of its requests, drawn from a seed, in place of all. `proxy.refuse(seconds)` is
+no rule: nobody listens for so long, and open connections are reset.
 """
 
 import asyncio
 import contextlib
+import math
+import random
 import re
 import socket
 import struct
@@ -36,12 +42,29 @@ class FaultProxy:
         self._upstream = upstream
         self._rules: list[Rule] = []
         self._seen: dict[int, int] = {}
+        self._dice = random.Random(0)
+        self._line_free_at = 0.0
+        self._exchanges: set[asyncio.Task[None]] = set()
         self.log: list[dict[str, Any]] = []
         self.port = 0
 
     def strike(self, *rules: Rule) -> None:
         """Replaces the rules and forgets the log."""
-        self._rules, self._seen, self.log = list(rules), {}, []
+        self._rules, self._seen, self._dice, self.log = list(rules), {}, random.Random(0), []
+
+    def refuse(self, *, seconds: float) -> None:
+        """Returns once connections are refused."""
+        asyncio.run_coroutine_threadsafe(self._stop_listening(seconds), self._loop).result(10)
+
+    async def _stop_listening(self, seconds: float) -> None:
+        self._server.close()
+        for exchange in self._exchanges:
+            exchange.cancel()
+        self._loop.call_later(seconds, lambda: self._loop.create_task(self._listen()))
+
+    async def _listen(self) -> None:
+        listener = _bound(self.port)
+        self._server = await asyncio.start_server(self._handle, sock=listener, limit=1 << 20)
 
     def __enter__(self) -> "FaultProxy":
         started = threading.Event()
@@ -57,15 +80,17 @@ class FaultProxy:
 
     def _serve(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._handle, "127.0.0.1", 0, limit=1 << 20))
-        self.port = server.sockets[0].getsockname()[1]
-        started.set()
-        self._loop.run_forever()
-        server.close()
+        with _bound(0) as reserved:  # bound but not listening: the port stays ours while connections are refused
+            self.port = reserved.getsockname()[1]
+            self._loop.run_until_complete(self._listen())
+            started.set()
+            self._loop.run_forever()
+        self._server.close()
         open_requests = asyncio.all_tasks(self._loop)
         for request in open_requests:
             request.cancel()
         self._loop.run_until_complete(asyncio.gather(*open_requests, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0.01))  # transports close their sockets in the loop's next rounds
         self._loop.close()
 
     def _rule_for(self, method: str, target: str, head: bytes) -> Rule:
@@ -76,12 +101,16 @@ class FaultProxy:
                 continue
             self._seen[index] = self._seen.get(index, 0) + 1
             nth = self._seen[index] - rule.get("skip", 0)
-            if nth > 0 and nth <= rule.get("count", nth):
+            if nth > 0 and nth <= rule.get("count", nth) and self._dice.random() < rule.get("chance", 1):
                 return rule
         return {}
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: list[asyncio.StreamWriter] = []
+        this = asyncio.current_task()
+        assert this
+        self._exchanges.add(this)
+        this.add_done_callback(self._exchanges.discard)
         try:
             up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._upstream, limit=1 << 20)
             upstream.append(up_writer)
@@ -150,11 +179,33 @@ class FaultProxy:
         writer.write(head)
         if has_body:
             async for chunk in _struck_reply(_body(up_reader, headers, is_reply=True), headers, rule):
-                writer.write(chunk)
-                await writer.drain()
+                for bit in [chunk] if rule.get("fault") != "throttle" else _bits(chunk, rule["bytes_per_s"]):
+                    await self._wait_for_line(len(bit) / rule.get("bytes_per_s", math.inf))
+                    writer.write(bit)
+                    await writer.drain()
         await writer.drain()
         ended = rule.get("fault") in ("fin_mid", "short_length")
         return not ended and "close" not in (asked.get("connection", "").lower(), headers.get("connection", "").lower())
+
+    async def _wait_for_line(self, seconds: float) -> None:
+        if seconds:
+            now = self._loop.time()
+            self._line_free_at = max(now, self._line_free_at) + seconds
+            await asyncio.sleep(self._line_free_at - now)
+
+
+def _bits(chunk: bytes, bytes_per_s: float) -> list[bytes]:
+    """What the line carries in a twentieth of a second, each."""
+    size = max(1, int(bytes_per_s / 20))
+    return [chunk[first : first + size] for first in range(0, len(chunk), size)]
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket that shares its port with others that are ours."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(("127.0.0.1", port))
+    return bound
 
 
 class _Reset(Exception):  # noqa: N818

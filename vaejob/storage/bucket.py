@@ -33,6 +33,13 @@ class Bucket(Protocol):
         """Every key that starts with the prefix, sorted."""
         ...
 
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        """As `keys`, each with its blob's size in bytes and, after a space, what else changes when the blob does.
+
+        One listing tells them all. A blob that is gone before its turn comes is left out.
+        """
+        ...
+
     def folders(self, prefix: str = "") -> list[str]:
         """Names one level below the folder `prefix` that hold keys, sorted; prefix is empty or ends with '/'."""
         ...

@@ -49,6 +49,13 @@ class DirectoryBucket:
     def keys(self, prefix: str = "") -> list[str]:
         return sorted(key for key in self._walk(parent(prefix)) if key.startswith(prefix))
 
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        found = {}
+        for key in self.keys(prefix):
+            with self._reading(self._root / key), suppress(*_NO_FILE):
+                found[key] = file_version((self._root / key).stat())
+        return found
+
     def folders(self, prefix: str = "") -> list[str]:
         folder = self._root / checked_folder(prefix)
         with self._reading(folder), suppress(*_NO_FILE):
@@ -99,6 +106,11 @@ class DirectoryBucket:
             raise BucketError(f"{path} cannot be written: one of the folders above it is a file") from error
         except OSError as error:
             raise BucketError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def file_version(status: os.stat_result) -> str:
+    """What `versions` says of a file."""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @contextmanager

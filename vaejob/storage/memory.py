@@ -1,5 +1,6 @@
 """A bucket in this process, for tests and trials: every MemoryBucket of one address holds the same blobs."""
 
+import zlib
 from collections import defaultdict
 from threading import Lock
 
@@ -44,6 +45,12 @@ class MemoryBucket:
         parent(prefix)
         with _lock:
             return sorted(key for key in _blobs[self.url] if key.startswith(prefix))
+
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        keys = self.keys(prefix)
+        with _lock:
+            blobs = {key: _blobs[self.url][key] for key in keys if key in _blobs[self.url]}
+        return {key: f"{len(data)} {zlib.crc32(data):08x}" for key, data in blobs.items()}
 
     def folders(self, prefix: str = "") -> list[str]:
         with _lock:

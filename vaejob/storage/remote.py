@@ -5,20 +5,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
-from obstore import Bytes
-from obstore.exceptions import AlreadyExistsError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from vaejob.errors import BucketError, ObjectMissing
 from vaejob.storage.client import open_store, parse_place
-from vaejob.storage.failures import code_of, one_line, status_of, verdict
+from vaejob.storage.failures import Replaced, ShortReply, cause_of, code_of, one_line, status_of, verdict
 from vaejob.storage.keys import check_span, checked, checked_folder, parent, span
-from vaejob.storage.retry import with_retries
+from vaejob.storage.retry import Outage, with_retries
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, ObjectMeta
 
 Result = TypeVar("Result")
 
@@ -26,26 +25,32 @@ PIECE_BYTES = 16 * 2**20  # of a read, and the largest blob that is written by o
 PART_BYTES = 8 * 2**20  # of a larger write: four at once must fit a slow line within one request's time-out
 MOST_PARTS = 9_000  # S3 allows 10,000
 AT_ONCE = 4
+CHUNK_BYTES = 2**16  # of a reply, taken over as they come; a broken attempt loses less than that
+DEADLINE_S = 120.0  # for one request with all its repetitions, and for a store that fails every caller
+REQUEST_S = 30.0  # for one attempt, from connecting to the last byte of the reply
 
 
-class _Piece(NamedTuple):
-    data: Bytes
-    size: int  # of the whole object
-    tag: str | None
+class _Piece:
+    """Bytes of an object as they come: an attempt goes on where the last broke off, so a slow line is not a broken one."""
 
+    def __init__(self, tag: str | None) -> None:
+        self.tag = tag
+        self.object_bytes = 0
+        self.chunks: list[bytes] = []
 
-class _ShortReply(Exception):  # noqa: N818 - never leaves this module
-    """Worth asking again for the same piece."""
+    def __len__(self) -> int:
+        return sum(map(len, self.chunks))
 
-
-class _Replaced(Exception):  # noqa: N818 - never leaves this module
-    """Another object has this key now: all pieces must be read again."""
+    def copy_into(self, view: memoryview, offset: int) -> None:
+        for chunk in self.chunks:
+            view[offset : offset + len(chunk)] = chunk
+            offset += len(chunk)
 
 
 class RemoteBucket:
     """An s3://, gs:// or az:// address; safe to share between threads, to be opened anew in another process."""
 
-    def __init__(self, address: str, *, deadline_s: float = 120.0, request_s: float = 30.0) -> None:
+    def __init__(self, address: str, *, deadline_s: float = DEADLINE_S, request_s: float = REQUEST_S) -> None:
         self.url = address.rstrip("/")
         self._place = parse_place(self.url)
         request_s = min(request_s, deadline_s / 2)
@@ -53,12 +58,13 @@ class RemoteBucket:
         self._store = open_store(self._place, request_s=request_s, retry_s=0)
         # The parts of a large write are repeated one by one, which only the client can do.
         self._parts_store = open_store(self._place, request_s=request_s, retry_s=self._deadline_s)
+        self._outage = Outage()
         self._seen = False
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
         first, last = span(start, stop)
         read = partial(self._read_one_version, key, first, last)
-        return with_retries(read, what=self._name(key), deadline_s=self._deadline_s)
+        return with_retries(read, what=self._name(key), deadline_s=self._deadline_s, cause=cause_of)
 
     def write(self, key: str, data: bytes) -> None:
         large = len(data) > PIECE_BYTES
@@ -106,6 +112,24 @@ class RemoteBucket:
         keys = (meta["path"].removeprefix(self._place.folder) for meta in found)
         return sorted(key for key in keys if key.startswith(prefix))
 
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        folder, first = self._place.folder + parent(prefix), self._place.folder + prefix
+        found, behind = dict[str, str](), first[:-1]
+
+        def go_on() -> None:
+            """Keys come sorted: those before and behind the prefix are not asked for, nor those that have come."""
+            nonlocal behind
+            for page in obstore.list(self._store, folder or None, offset=behind or None, chunk_size=1000):
+                for meta in page:
+                    behind = meta["path"]
+                    if behind.startswith(first):
+                        found[behind.removeprefix(self._place.folder)] = _version(meta)
+                    elif behind > first:
+                        return
+
+        self._try(prefix, go_on)
+        return dict(sorted(found.items()))
+
     def folders(self, prefix: str = "") -> list[str]:
         folder = self._place.folder + checked_folder(prefix)
         found = self._try(prefix, lambda: obstore.list_with_delimiter(self._store, folder or None))
@@ -116,47 +140,62 @@ class RemoteBucket:
             self._try(key, lambda: obstore.delete(self._store, self._path(key)))
 
     def _read_one_version(self, key: str, first: int, last: int | None) -> bytes:
-        """All pieces of one object; _Replaced if another object takes its place meanwhile."""
-        head = self._try(key, lambda: self._fetch(key, first, last))
+        """All pieces of one object; Replaced if another object takes its place meanwhile."""
+        head = self._fetch(key, first, last)
         if head is None:
             return self._read_nothing(key, first, last)
-        check_span(first, last, head.size, name=self._name(key))
-        end = head.size if last is None else last
-        if first + len(head.data) == end:
-            return bytes(head.data)
+        check_span(first, last, head.object_bytes, name=self._name(key))
+        end = head.object_bytes if last is None else last
+        if first + len(head) == end:
+            return b"".join(head.chunks)
         whole = _zeros(end - first)
         with whole.getbuffer() as view, ThreadPoolExecutor(AT_ONCE) as pool:
-            view[: len(head.data)] = head.data
+            head.copy_into(view, 0)
             fetch_into = partial(self._fetch_into, view, key, first, end, head.tag)
-            list(pool.map(fetch_into, range(len(head.data), end - first, PIECE_BYTES)))
+            list(pool.map(fetch_into, range(len(head), end - first, PIECE_BYTES)))
         return whole.getvalue()
 
     def _fetch_into(self, view: memoryview, key: str, first: int, end: int, tag: str | None, offset: int) -> None:
-        piece = self._try(key, lambda: self._fetch(key, first + offset, end, tag))
-        if piece is None or piece.size < end:
-            raise _Replaced("the object became shorter while it was read")
-        view[offset : offset + len(piece.data)] = piece.data
+        piece = self._fetch(key, first + offset, end, tag)
+        if piece is None or piece.object_bytes < end:
+            raise Replaced("the object became shorter while it was read")
+        piece.copy_into(view, offset)
 
     def _fetch(self, key: str, first: int, last: int | None, tag: str | None = None) -> _Piece | None:
-        """One request: at most PIECE_BYTES from `first` on; None if the object has no byte there."""
+        """At most PIECE_BYTES from `first` on; None if the object has no byte there."""
         stop = first + PIECE_BYTES if last is None else min(last, first + PIECE_BYTES)
         if stop == first:
             return None
-        options: GetOptions = {"range": (first, stop)}
-        if tag:
-            options["if_match"] = tag
+        piece = _Piece(tag)
+        return self._try(key, lambda: self._fetch_rest(key, first, stop, piece))
+
+    def _fetch_rest(self, key: str, first: int, stop: int, piece: _Piece) -> _Piece | None:
+        """One request, for what of [first, stop) the piece does not have yet."""
+        if piece.tag is None:
+            piece.chunks.clear()  # nothing would tell whether the rest is of the same object
+        options: GetOptions = {"range": (first + len(piece), stop)}
+        if piece.tag:
+            options["if_match"] = piece.tag
         try:
             reply = obstore.get(self._store, self._path(key), options=options)
         except PreconditionError as error:
-            raise _Replaced("the object was replaced while it was read") from error
+            raise Replaced("the object was replaced while it was read") from error
         except Exception as error:
             if status_of(error) == 416:
                 return None
             raise
-        piece = _Piece(reply.bytes(), reply.meta["size"], reply.meta["e_tag"])
-        due = min(stop, piece.size) - first
-        if len(piece.data) != due:
-            raise _ShortReply(f"{len(piece.data)} bytes came, {due} were due")
+        piece.tag = reply.meta["e_tag"]
+        piece.object_bytes = reply.meta["size"]
+        due = min(stop, piece.object_bytes) - first
+        try:
+            for chunk in reply.stream(CHUNK_BYTES):
+                piece.chunks.append(chunk)
+        except BaseError:
+            if len(piece) != due:
+                raise
+        if (came := len(piece)) != due:
+            piece.chunks.clear()  # a reply that lies about its length may lie about its bytes
+            raise ShortReply(f"{came} bytes came, {due} were due")
         return piece
 
     def _read_nothing(self, key: str, first: int, last: int | None) -> bytes:
@@ -165,7 +204,7 @@ class RemoteBucket:
             raise ObjectMissing(f"{self._name(key)}: there is no such object")
         check_span(first, last, size, name=self._name(key))
         if size > first and last != first:
-            raise _Replaced("the object became longer while it was read")
+            raise Replaced("the object became longer while it was read")
         return b""
 
     def _check_that_bucket_exists(self) -> None:
@@ -187,11 +226,24 @@ class RemoteBucket:
     def _try(self, key: str, call: Callable[[], Result]) -> Result:
         name = self._name(key)
         final = partial(_final, bucket=self._place.address, name=name)
-        return with_retries(call, what=name, deadline_s=self._deadline_s, final=final, explain=one_line)
+        return with_retries(
+            call,
+            what=name,
+            deadline_s=self._deadline_s,
+            final=final,
+            explain=one_line,
+            cause=cause_of,
+            outage=self._outage,
+        )
 
 
 def _final(error: Exception, *, bucket: str, name: str) -> Exception | None:
-    return error if isinstance(error, _Replaced) else verdict(error, bucket=bucket, name=name)
+    return error if isinstance(error, Replaced) else verdict(error, bucket=bucket, name=name)
+
+
+def _version(meta: "ObjectMeta") -> str:
+    tag = meta["e_tag"].replace('"', "") if meta["e_tag"] else meta["last_modified"].isoformat()
+    return f"{meta['size']} {tag}"
 
 
 def _zeros(size: int) -> io.BytesIO:

@@ -183,6 +183,9 @@ ROW_SCHEMA = pa.schema(
         "written_at": pa.string(),
         "seconds": pa.float64(),  # of the slowest worker, since the row before
         "data_wait_seconds": pa.float64(),  # of those, the step waited for images
+        "missing_images": pa.int64(),  # damaged ones that data.on_corrupt=skip left out
+        "retries": pa.int64(),  # requests to the bucket that were repeated, of all workers
+        "retry_causes": pa.string(),  # their number by cause, as JSON
         "learning_rate": pa.float64(),
         "ids_digest": pa.string(),  # data.order.ids_digest of the images trained on, in hex
         "images": pa.int64(),
