@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable
 
+from vaejob.data.ahead import map_ahead
 from vaejob.data.decode import IMAGE_SUFFIXES
-from vaejob.data.sources.archives import open_tar, open_zip
 from vaejob.data.sources.arrays import ArraySource, open_cifar, open_idx, open_npz
-from vaejob.data.sources.files import files_in, is_file
+from vaejob.data.sources.files import describe, files_in, is_file
 from vaejob.data.sources.folder import FolderSource, JoinedSource
 from vaejob.data.sources.parquet import open_parquet
 from vaejob.data.sources.source import ImageSource, Sample
+from vaejob.data.sources.tars import open_tar
+from vaejob.data.sources.zips import open_zip
 from vaejob.errors import DataError
 from vaejob.storage import join
 
@@ -34,7 +36,8 @@ def open_source(address: str, *, column: str | None = None) -> ImageSource:
     """
     if is_file(address):
         return _open_file(address, column=column)
-    folder, names = files_in(address)
+    folder, versions = files_in(address)
+    names = list(versions)
     by_kind = {kind: [name for name in names if _kind(name) == kind] for kind in _KINDS}
     found = {kind: chosen for kind, chosen in by_kind.items() if chosen}
     if not found:
@@ -48,20 +51,20 @@ def open_source(address: str, *, column: str | None = None) -> ImageSource:
     kind, chosen = found.popitem()
     _refuse_mixed_splits(folder, chosen, kind=kind)
     if kind == "images":
-        others = f", {len(names) - len(chosen)} other files left out" if len(names) > len(chosen) else ""
-        return FolderSource(folder, chosen, f"folder {address}: {len(chosen)} images{others}")
-    parts = {name: _open_file(join(folder, name), column=column) for name in chosen}
-    return JoinedSource(f"{address}: {len(parts)} {kind}", parts)
+        description = describe("folder", address, len(chosen), len(names))
+        return FolderSource(folder, {name: versions[name] for name in chosen}, description)
+    opened = map_ahead(lambda name: _open_file(join(folder, name), column=column, version=versions[name]), chosen)
+    return JoinedSource(f"{address}: {len(chosen)} {kind}", dict(zip(chosen, opened, strict=True)))
 
 
-def _open_file(address: str, *, column: str | None) -> ImageSource:
+def _open_file(address: str, *, column: str | None, version: str | None = None) -> ImageSource:
     openers: dict[str, Callable[[], ImageSource]] = {
-        "zip files": lambda: open_zip(address),
-        "tar files": lambda: open_tar(address, member=column),
-        "Parquet files": lambda: open_parquet(address, column=column),
-        "npz files": lambda: open_npz(address, column=column),
-        "CIFAR records": lambda: open_cifar(address),
-        "idx files": lambda: open_idx(address),
+        "zip files": lambda: open_zip(address, version=version),
+        "tar files": lambda: open_tar(address, member=column, version=version),
+        "Parquet files": lambda: open_parquet(address, column=column, version=version),
+        "npz files": lambda: open_npz(address, column=column, version=version),
+        "CIFAR records": lambda: open_cifar(address, version=version),
+        "idx files": lambda: open_idx(address, version=version),
     }
     kind = _kind(address)
     if kind not in openers:

@@ -1,51 +1,44 @@
 """A folder tree of images, and several sources as one."""
 
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from vaejob.data.sources.files import local_path
-from vaejob.data.sources.source import ImageSource, Sample, printable
-from vaejob.storage import Bucket, join, open_bucket
+from vaejob.data.sources.source import ImageSource, Reopened, Sample, printable
+from vaejob.storage import Bucket, open_bucket
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Reopened):
     """Image files below a folder, local or in a bucket; a key is the path below it."""
 
     address: str
-    names: list[str]
+    versions: dict[str, str]
+    """As its bucket listed them, by name."""
     description: str
 
     @cached_property
     def samples(self) -> list[Sample]:
-        with ThreadPoolExecutor() as pool:
-            return [
-                Sample(printable(name), found)
-                for name, found in zip(self.names, pool.map(self._identity, self.names), strict=True)
-            ]
+        return [Sample(printable(name), version) for name, version in self.versions.items()]
 
     def read(self, index: int) -> bytes:
-        return self._bucket.read(self.names[index])
+        return self._bucket.read(self._names[index])
 
     @cached_property
     def _bucket(self) -> Bucket:
         return open_bucket(self.address)
 
-    def _identity(self, name: str) -> str:
-        path = local_path(join(self.address, name))
-        if path is None:
-            return str(self._bucket.size(name))
-        status = path.stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self.versions)
 
 
 @dataclass(frozen=True)
-class JoinedSource:
+class JoinedSource(Reopened):
     """Several sources one after the other; each key begins with the name of its part."""
 
     description: str
@@ -58,7 +51,14 @@ class JoinedSource:
 
     def read(self, index: int) -> bytes | np.ndarray:
         part = bisect_right(self._starts, index) - 1
-        return list(self.parts.values())[part].read(index - self._starts[part])
+        return self._parts[part].read(index - self._starts[part])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_starts": self._starts}
+
+    @cached_property
+    def _parts(self) -> list[ImageSource]:
+        return list(self.parts.values())
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -1,80 +1,99 @@
 """Images in a column of a Parquet file, as bytes or as Hugging Face's struct of bytes and path."""
 
-import zlib
+import hashlib
 from bisect import bisect_right
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from mmap import mmap
-from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vaejob.data.sources.files import map_file
-from vaejob.data.sources.source import Sample
+from vaejob.data.sources.content import Content, ContentFile, open_content
+from vaejob.data.sources.probe import footer_size, parsed, safe_metadata
+from vaejob.data.sources.recent import Recent
+from vaejob.data.sources.source import Reopened, Sample
 from vaejob.errors import DataError
 
 _USUAL_NAMES = ("image", "img", "images", "jpeg", "jpg", "png", "webp", "picture")
+_TAIL_BYTES = 64 << 10  # holds most footers
+
+_footers: Recent[tuple[str, str], pq.FileMetaData] = Recent(most=64)
+# Threads that read ahead stand on either side of a border, and two shards may be packed at once.
+_row_groups: Recent[tuple[str, str, str, int], Any] = Recent(most=4)
 
 
 @dataclass(frozen=True)
-class ParquetSource:
+class ParquetSource(Reopened):
     """The rows of one Parquet file; a key is the row's number."""
 
-    address: str
-    content: mmap
-    file: pq.ParquetFile
+    content: Content
     column: str
+    group_rows: list[int]
+    """Rows of each row group."""
+    footer_sha256: str
+    """Of the footer that was parsed safely, which another process may parse at once."""
     description: str
-    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @cached_property
     def samples(self) -> list[Sample]:
-        identity = f"{len(self.content)} {zlib.crc32(self.content):08x}"
-        return [Sample(f"{row:08d}", identity) for row in range(self.file.metadata.num_rows)]
+        return [Sample(f"{row:08d}", self.content.version) for row in range(sum(self.group_rows))]
 
     def read(self, index: int) -> bytes:
         group = bisect_right(self._starts, index) - 1
-        with self._lock:
-            images = self._images_of_group(group)
+        key = self.content.address, self.content.version, self.column, group
+        images = _row_groups.get(key, lambda: self._read_row_group(group))
         data = images[index - self._starts[group]].as_py()
         if data is None:
-            raise DataError(f"{self.address} row {index}: column {self.column} holds no image bytes")
+            raise DataError(f"{self.content.address} row {index}: column {self.column} holds no image bytes")
         return data  # type: ignore[no-any-return]
 
     @cached_property
     def _starts(self) -> list[int]:
-        groups = map(self.file.metadata.row_group, range(self.file.metadata.num_row_groups))
-        return list(accumulate((group.num_rows for group in groups), initial=0))[:-1]
+        return list(accumulate(self.group_rows, initial=0))[:-1]
 
-    @cached_property
-    def _images_of_group(self) -> Any:
-        # Two, since threads that read ahead stand on either side of a border.
-        return lru_cache(maxsize=2)(self._read_group)
-
-    def _read_group(self, group: int) -> Any:
+    def _read_row_group(self, group: int) -> Any:
+        address = self.content.address
+        metadata = _footers.get((address, self.content.version), self._read_metadata)
         try:
-            column = self.file.read_row_group(group, columns=[self.column])[self.column.split(".")[0]].combine_chunks()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{self.address} row group {group} cannot be read: {' '.join(str(error).split())}"
-            ) from error
+            file = pq.ParquetFile(pa.PythonFile(ContentFile(self.content), mode="r"), metadata=metadata)
+            table = file.read_row_group(group, columns=[self.column], use_threads=False)
+            column = table[self.column.split(".")[0]].combine_chunks()
+        except (pa.ArrowException, OSError, IndexError, ValueError) as error:
+            raise DataError(f"{address} row group {group} cannot be read: {' '.join(str(error).split())}") from error
+        if len(column) != self.group_rows[group]:
+            rows = f"{len(column)} rows, its footer says {self.group_rows[group]}"
+            raise DataError(f"{address} row group {group} is damaged: it has {rows}")
         return column.field("bytes") if pa.types.is_struct(column.type) else column
 
+    def _read_metadata(self) -> pq.FileMetaData:
+        footer = _read_footer(self.content)
+        if hashlib.sha256(footer).hexdigest() != self.footer_sha256:
+            raise DataError(f"{self.content.address} was changed since it was listed: its footer is another")
+        return parsed(footer)
 
-def open_parquet(address: str, *, column: str | None = None) -> ParquetSource:
+
+def open_parquet(address: str, *, column: str | None = None, version: str | None = None) -> ParquetSource:
     """A Parquet file; its column of images is found by its name or type where `column` does not name it."""
-    content = map_file(address)
-    try:
-        file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(content)))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{address} is no complete Parquet file: {' '.join(str(error).split())}") from error
-    chosen = _image_column(address, file.schema_arrow, column=column)
-    description = f"parquet {address} (column {chosen}): {file.metadata.num_rows} images"
-    path = f"{chosen}.bytes" if pa.types.is_struct(file.schema_arrow.field(chosen).type) else chosen
-    return ParquetSource(address, content, file, path, description)
+    content = open_content(address, version)
+    footer = _read_footer(content)
+    metadata = safe_metadata(address, footer)
+    schema = metadata.schema.to_arrow_schema()
+    chosen = _image_column(address, schema, column=column)
+    path = f"{chosen}.bytes" if pa.types.is_struct(schema.field(chosen).type) else chosen
+    group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(group_rows, default=0) < 0 or not sum(group_rows) == metadata.num_rows <= content.size:
+        rows = f"its footer says that {metadata.num_rows} rows are in {content.size} bytes"
+        raise DataError(f"{address} is no complete Parquet file: {rows}")
+    description = f"parquet {address} (column {chosen}): {metadata.num_rows} images"
+    return ParquetSource(content, path, group_rows, hashlib.sha256(footer).hexdigest(), description)
+
+
+def _read_footer(content: Content) -> bytes:
+    tail = content.read_once(max(0, content.size - _TAIL_BYTES), content.size)
+    size = footer_size(content.address, tail, file_size=content.size)
+    return tail[-size:] if size <= len(tail) else content.read_once(content.size - size, content.size)
 
 
 def _image_column(address: str, schema: Any, *, column: str | None) -> str:
