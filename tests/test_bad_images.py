@@ -62,8 +62,8 @@ BAD = {
     "floating point": (saved(RGB.convert("F"), "TIFF"), "has F colours"),
     "animation": (saved(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]), "holds 2 frames"),
     "bomb": (huge_png(9_000), "has 9000 x 9000 pixels; at most 64,000,000 are decoded"),
-    "bomb that Pillow warns of": (huge_png(12_000), "has too many pixels"),
-    "bomb that Pillow refuses": (huge_png(60_000), "has too many pixels"),
+    "bomb that Pillow warns of": (huge_png(12_000), "pixels; at most 64,000,000 are decoded"),
+    "bomb that Pillow refuses": (huge_png(60_000), "pixels; at most 64,000,000 are decoded"),
     "JPEG bomb": (huge_jpeg(), "has 60000 x 60000 pixels"),
 }
 

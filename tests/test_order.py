@@ -2,6 +2,8 @@
 
 import math
 import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -170,6 +172,115 @@ def test_stopping_within_a_batch_loses_and_repeats_nothing(case: Case, data: st.
     seen = [sample for batch in case.ids(until=cut) + case.ids(images_seen=cut, until=until) for sample in batch]
     whole = [sample for batch in case.ids(until=until) for sample in batch]
     assert sorted(seen) == sorted(whole)
+
+
+class Sighting(NamedTuple):
+    """A case, and what of it is seen by how many ranks."""
+
+    case: Case
+    world_size: int
+    images_seen: int
+    until: int
+
+
+def slow_batches(sighting: Sighting) -> Iterator[list[int]]:
+    """The batches from images_seen on, counted out image by image."""
+    case, _, images_seen, until = sighting
+    first = images_seen
+    for seen in range(images_seen + 1, until + 1):
+        if seen - first == case.global_batch or seen % case.images == 0 or seen == until:
+            epoch, start = divmod(first, case.images)
+            yield slow_batch(case, epoch, start, start + seen - first)
+            first = seen
+
+
+def random_sighting(random: np.random.Generator) -> Sighting:
+    """From anywhere in an epoch to the end of the next, with sizes that seldom divide each other."""
+    count = int(random.integers(1, 9))
+    groups = [
+        random.integers(1, 13, size=count),
+        np.full(count, random.integers(1, 13)),
+        np.ones(random.integers(1, 41), dtype=np.int64),
+        random.permutation([*random.integers(1, 4, size=count), random.integers(30, 90)]),
+    ][random.integers(4)]
+    case = Case(
+        groups=tuple(groups.tolist()),
+        lanes=int(random.choice([*range(1, 14), 100])),
+        window_rows=int(random.choice([1, 2, 3, 5, 8, 20, 1000])),
+        global_batch=int(random.choice([1, 2, 3, 7, 16, 25, 60, 200], p=[0.02, 0.04, 0.08, 0.16, 0.2, 0.2, 0.2, 0.1])),
+        seed=int(random.integers(2**31)),
+    )
+    images_seen = int(random.integers(3 * case.images))
+    until = (images_seen // case.images + 2) * case.images
+    return Sighting(case, int(random.integers(1, 17)), images_seen, until)
+
+
+def kinds(sighting: Sighting) -> dict[str, bool]:
+    """What is awkward about it."""
+    case, world_size, images_seen, _ = sighting
+    return {
+        "ranks do not divide the lanes": case.lanes % world_size != 0,
+        "more ranks than lanes": world_size > case.lanes,
+        "more ranks than images in a batch": world_size > case.global_batch,
+        "more lanes than images": case.lanes > case.images,
+        "batch larger than the data": case.global_batch > case.images,
+        "window longer than a lane": case.window_rows > case.images,
+        "one-row groups": max(case.groups) == 1,
+        "uneven row groups": max(case.groups) > 20 * min(case.groups),
+        "starts within a batch": images_seen % case.images % case.global_batch != 0,
+        "last batch of the epoch smaller": case.images % case.global_batch != 0,
+    }
+
+
+def assert_parts_are_the_batches(sighting: Sighting) -> None:
+    case, world_size, images_seen, until = sighting
+    parts = [case.ids(images_seen=images_seen, until=until, rank=r, world_size=world_size) for r in range(world_size)]
+    seen = []
+    for number, batch in enumerate(slow_batches(sighting)):
+        of_ranks = [of_rank[number] for of_rank in parts]
+        assert [sample for part in of_ranks for sample in part] == batch, (sighting, number)
+        assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1, (sighting, number)
+        seen += batch
+    assert {len(of_rank) for of_rank in parts} == {number + 1}, sighting
+    assert sorted(seen[-case.images :]) == list(range(case.images)), sighting  # the second epoch, whole
+
+
+def test_thousands_of_random_jobs_see_the_batches_of_the_description() -> None:
+    """Any data, lanes, batch, world size and place to start from; each kind of awkwardness many times over."""
+    random, met = np.random.default_rng(0), Counter[str]()
+    for _ in range(2000):
+        sighting = random_sighting(random)
+        assert_parts_are_the_batches(sighting)
+        met.update(kind for kind, holds in kinds(sighting).items() if holds)
+    assert min(met[kind] for kind in kinds(sighting)) >= 100, met
+
+
+def test_batches_and_world_sizes_may_change_at_any_image() -> None:
+    """A run restarted again and again, also within batches, with other settings each time, goes through one sequence."""
+    random = np.random.default_rng(1)
+    for _ in range(500):
+        case, _, seen, until = random_sighting(random)
+        while seen < until:
+            epoch, start = divmod(seen, case.images)
+            step, world_size = case._replace(global_batch=int(random.integers(1, 40))), int(random.integers(1, 6))
+            stop = min(start + step.global_batch, case.images)
+            sequence = [slow_batch(case, epoch, position, position + 1)[0] for position in range(start, stop)]
+            reach = {"images_seen": seen, "until": seen + len(sequence), "world_size": world_size}
+            batch = [sample for rank in range(world_size) for part in step.ids(**reach, rank=rank) for sample in part]
+            assert sorted(batch) == sorted(sequence), (step, reach)
+            seen += len(sequence)
+
+
+def test_long_lanes_are_read_in_stretches_without_a_seam() -> None:
+    """Windows so small that a lane is computed in hundreds of pieces."""
+    random = np.random.default_rng(2)
+    for _ in range(20):
+        groups = tuple(random.integers(1, 60, size=100).tolist())
+        lanes, window_rows, global_batch, seed = (int(random.integers(1, most)) for most in (9, 12, 300, 2**31))
+        case = Case(groups, lanes, window_rows, global_batch, seed)
+        images_seen = int(random.integers(2 * case.images))
+        until = (images_seen // case.images + 2) * case.images
+        assert_parts_are_the_batches(Sighting(case, int(random.integers(1, 5)), images_seen, until))
 
 
 @MANY

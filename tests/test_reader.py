@@ -1,10 +1,13 @@
 """Batches hold the pixels that were packed, whatever the workers; damage is refused, or healed by reading again."""
 
+import contextlib
+import hashlib
 import json
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +16,14 @@ import pytest
 
 from vaejob.config import DataConfig
 from vaejob.data.batches import Batch, DataSet, open_data
-from vaejob.data.manifest import read_manifest
+from vaejob.data.groups import RowGroups
+from vaejob.data.manifest import read_manifest, read_row_groups, write_row_groups
 from vaejob.data.pack import pack
 from vaejob.data.reader import RowGroupReader
-from vaejob.data.shards import parse_row_group
 from vaejob.data.sources import ArraySource
 from vaejob.errors import BucketError, DataError, VaejobError
 from vaejob.storage import Bucket, open_bucket
+from vaejob.storage.retry import retries_so_far
 
 IMAGES = 700
 
@@ -48,7 +52,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     data = open_data(str(folder / "train"))
     assert data.manifest.encoding == encoding
     assert len(data.manifest.shards) > 2
-    assert len(data.manifest.row_group_rows()) > 10
+    assert len(data.row_groups) > 10
     return Packed(pixels, data.bucket.url)
 
 
@@ -89,7 +93,8 @@ def test_world_size_does_not_change_the_images(packed: Packed, world_size: int) 
     data = open_data(packed.address)
     ranks = [epochs(data, rank=rank, world_size=world_size, until=150) for rank in range(world_size)]
     for whole, *parts in zip(epochs(data, until=150), *ranks, strict=True):
-        assert np.array_equal(np.concatenate([part.images for part in parts]), whole.images)
+        order = np.argsort(np.concatenate([part.ids for part in parts]))
+        assert np.array_equal(np.concatenate([part.images for part in parts])[order], whole.images)
 
 
 @pytest.mark.parametrize("prefetch_batches", [1, 16])
@@ -102,11 +107,12 @@ def test_reading_ahead_changes_nothing(packed: Packed, prefetch_batches: int) ->
 
 def test_row_groups_that_do_not_fit_are_read_again(packed: Packed) -> None:
     data = open_data(packed.address)
-    reader = RowGroupReader(data.bucket, data.manifest, groups_held=1)
-    plan = [(seed, np.random.default_rng(seed).integers(0, IMAGES, 50)) for seed in range(20)]
-    for (seed, images), (expected_seed, ids) in zip(reader.batches(plan, prefetch=3), plan, strict=True):
-        assert seed == expected_seed
-        assert np.array_equal(images, packed.pixels[ids])
+    reader = RowGroupReader(RowGroups(data.bucket, data.manifest, data.row_groups), groups_held=1)
+    plan = [(seed, np.sort(np.random.default_rng(seed).integers(0, IMAGES, 50))) for seed in range(20)]
+    for read, (seed, ids) in zip(reader.batches(plan, prefetch=3), plan, strict=True):
+        assert read.tag == seed
+        assert np.array_equal(read.ids, ids)
+        assert np.array_equal(read.images, packed.pixels[ids])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -132,11 +138,8 @@ def flip(path: Path, place: int) -> None:
 
 
 def flip_a_pixel(folder: Path) -> None:
-    flip(folder / "00001.parquet", 300)
-
-
-def flip_the_footer(folder: Path) -> None:
-    flip(folder / "00001.parquet", (folder / "00001.parquet").stat().st_size - 9)
+    data = open_data(str(folder))
+    flip(folder / "00001.parquet", int(data.row_groups["offset"][data.manifest.shards[0].row_groups]) + 20)
 
 
 def cut_off_a_shard(folder: Path) -> None:
@@ -156,10 +159,18 @@ def swap_two_shards(folder: Path) -> None:
     (folder / "other").rename(second)
 
 
-def edit_manifest(folder: Path, edit: Callable[[dict[str, object]], None]) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+def write_sealed(path: Path, edit: Callable[[dict[str, object]], None]) -> None:
+    """Changes a manifest as somebody would who also mends its checksum."""
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
     edit(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    content = json.dumps(manifest, indent=1).removesuffix("\n}")
+    seal = hashlib.sha256(content.encode()).hexdigest()
+    path.write_text(f'{content},\n "sha256": "{seal}"\n}}')
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, object]], None]) -> None:
+    write_sealed(folder / "manifest.json", edit)
 
 
 def count_one_image_less(folder: Path) -> None:
@@ -170,26 +181,59 @@ def claim_another_shape(folder: Path) -> None:
     edit_manifest(folder, lambda manifest: manifest.update(height=7))
 
 
-def move_a_row_to_the_next_row_group(folder: Path) -> None:
-    def edit(manifest: dict[str, object]) -> None:
-        groups = manifest["shards"][0]["row_groups"]  # type: ignore[index]
-        groups[0]["rows"] -= 1
-        groups[1]["rows"] += 1
+def flip_the_row_groups(folder: Path) -> None:
+    flip(folder / "row_groups.npy", 140)
 
-    edit_manifest(folder, edit)
+
+def lose_the_row_groups(folder: Path) -> None:
+    (folder / "row_groups.npy").unlink()
+
+
+def write_other_row_groups(folder: Path, change: Callable[[np.ndarray], None]) -> None:
+    bucket = open_bucket(str(folder))
+    table = read_row_groups(bucket, read_manifest(bucket)).copy()
+    change(table)
+    digest = write_row_groups(bucket, table)
+    edit_manifest(folder, lambda manifest: manifest.update(row_groups_sha256=digest))
+
+
+def move_a_row_to_the_next_row_group(folder: Path) -> None:
+    def move(table: np.ndarray) -> None:
+        table["rows"][0] -= 1
+        table["rows"][1] += 1
+
+    write_other_row_groups(folder, move)
+
+
+def move_a_row_to_the_next_shard(folder: Path) -> None:
+    def move(table: np.ndarray) -> None:
+        table["rows"][0] -= 1
+        table["rows"][-1] += 1
+
+    write_other_row_groups(folder, move)
+
+
+def point_beyond_the_shard(folder: Path) -> None:
+    def move(table: np.ndarray) -> None:
+        table["offset"][0] = 2**60
+
+    write_other_row_groups(folder, move)
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
         (flip_a_pixel, "00001.parquet row group 0"),
-        (flip_the_footer, "00001.parquet"),
         (cut_off_a_shard, "00001.parquet"),
         (lose_a_shard, "00001.parquet"),
         (swap_two_shards, "00000.parquet"),
         (count_one_image_less, "manifest.json"),
-        (claim_another_shape, "00000.parquet"),
-        (move_a_row_to_the_next_row_group, "00000.parquet row group 0"),
+        (claim_another_shape, ""),
+        (flip_the_row_groups, "row_groups.npy"),
+        (lose_the_row_groups, "row_groups.npy"),
+        (move_a_row_to_the_next_row_group, ""),
+        (move_a_row_to_the_next_shard, "row_groups.npy"),
+        (point_beyond_the_shard, "00000.parquet"),
     ],
 )
 def test_damage_is_refused_in_one_line_that_names_it(copy: Path, damage: Callable[[Path], None], named: str) -> None:
@@ -201,42 +245,32 @@ def test_damage_is_refused_in_one_line_that_names_it(copy: Path, damage: Callabl
     assert "\n" not in str(refused.value)
 
 
-def test_no_flipped_byte_of_a_shard_gives_other_pixels(packed: Packed) -> None:
-    """Every byte of the last row group and of the footer, flipped one at a time, is refused or does no harm."""
-    data = open_data(packed.address)
-    shard = data.manifest.shards[-1]
-    index, group = len(shard.row_groups) - 1, shard.row_groups[-1]
-    whole = data.bucket.read(shard.key)
-    expected = parse_row_group(shard, index, *split_shard(whole, group.offset, group.size))
-    for place in range(group.offset, len(whole)):
+def test_no_flipped_byte_of_a_shard_gives_other_pixels(copy: Path, packed: Packed) -> None:
+    """Every 7th byte of the last shard, flipped one at a time, is refused or does no harm."""
+    shard, ids = copy / open_data(str(copy)).manifest.shards[-1].key, np.arange(IMAGES - 30, IMAGES)
+    whole = shard.read_bytes()
+    for place in range(0, len(whole), 7):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
-        try:
-            found = parse_row_group(shard, index, *split_shard(bytes(flipped), group.offset, group.size))
-        except DataError:
-            continue
-        assert np.array_equal(found.ids, expected.ids)
-        assert np.array_equal(found.images, expected.images)
-
-
-def split_shard(data: bytes, offset: int, size: int) -> tuple[bytes, bytes]:
-    """The body of a row group that is the last one, and the footer."""
-    return data[offset : offset + size], data[offset + size :]
+        shard.write_bytes(flipped)
+        with contextlib.suppress(DataError):
+            assert np.array_equal(open_data(str(copy)).images(ids), packed.pixels[ids])
 
 
 class FlipsFirstReads:
-    """A bucket that damages the first few reads of shards on their way."""
+    """A bucket that damages the first few reads on their way: of shards, or of another file."""
 
-    def __init__(self, bucket: Bucket, times: int) -> None:
+    def __init__(self, bucket: Bucket, times: int, ending: str = ".parquet") -> None:
         self.url = bucket.url
         self._bucket = bucket
         self._left = times
+        self._ending = ending
         self._lock = threading.Lock()
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
         data = bytearray(self._bucket.read(key, start, stop))
         with self._lock:
-            if self._left and key.endswith(".parquet"):
+            if self._left and key.endswith(self._ending):
                 self._left -= 1
                 data[len(data) // 2] ^= 16
         return bytes(data)
@@ -247,21 +281,30 @@ class FlipsFirstReads:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_bytes_damaged_on_the_way_are_read_again(packed: Packed, times: int) -> None:
-    """Twice: a row group and its footer, or the row group both times."""
-    bucket = open_bucket(packed.address)
-    data = DataSet(FlipsFirstReads(bucket, times), read_manifest(bucket))  # type: ignore[arg-type]
+    data = open_data(packed.address)
+    data = replace(data, bucket=FlipsFirstReads(data.bucket, times))  # type: ignore[arg-type]
     assert np.array_equal(data.images(np.arange(10)), packed.pixels[:10])
 
 
+@pytest.mark.parametrize("ending", ["manifest.json", "row_groups.npy"])
+def test_a_manifest_damaged_on_the_way_is_read_again(packed: Packed, ending: str) -> None:
+    bucket, before = open_bucket(packed.address), retries_so_far()
+    flipping: Bucket = FlipsFirstReads(bucket, 2, ending)  # type: ignore[assignment]
+    assert np.array_equal(read_row_groups(flipping, read_manifest(flipping)), open_data(packed.address).row_groups)
+    assert retries_so_far() - before == {"damaged bytes": 2}
+
+
 def test_bytes_that_stay_damaged_are_refused(packed: Packed) -> None:
-    bucket = open_bucket(packed.address)
-    data = DataSet(FlipsFirstReads(bucket, 10**6), read_manifest(bucket))  # type: ignore[arg-type]
+    data = open_data(packed.address)
+    data = replace(data, bucket=FlipsFirstReads(data.bucket, 10**6))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"00000\.parquet row group 0: checksum"):
         data.images(np.arange(10))
 
 
 def threads_of_readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch", "decode"))]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch", "decode", "read-ahead"))
+    ]
 
 
 def no_thread_is_left() -> bool:

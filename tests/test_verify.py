@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vaejob.data.manifest import MANIFEST_KEY, Manifest, write_manifest
+from vaejob.data.manifest import MANIFEST_KEY, Manifest, read_row_groups, write_manifest, write_row_groups
 from vaejob.data.pack import pack
 from vaejob.data.shards import Row, describe_shard, encode_shard
 from vaejob.data.sources import ArraySource
@@ -49,10 +49,10 @@ def test_every_flipped_bit_is_found(shard, place, bit):
 
 def test_a_flipped_pixel_is_named_with_its_row_group():
     bucket, manifest = packed()
-    shard = manifest.shards[1]
-    data = bytearray(bucket.read(shard.key))
-    data[shard.row_groups[1].offset + shard.row_groups[1].size - 1] ^= 1
-    bucket.write(shard.key, bytes(data))
+    second = read_row_groups(bucket, manifest)[manifest.shards[0].row_groups + 1]
+    data = bytearray(bucket.read("00001.parquet"))
+    data[int(second["offset"]) + int(second["size"]) - 1] ^= 1
+    bucket.write("00001.parquet", bytes(data))
     assert f"{bucket.url}/00001.parquet row group 1: checksum is" in refusal(bucket)
 
 
@@ -70,17 +70,22 @@ def test_a_shard_of_another_data_set_is_found():
     bucket, manifest = packed()
     bucket.write("00001.parquet", bucket.read("00000.parquet"))
     shards = (manifest.shards[0], manifest.shards[0].model_copy(update={"key": "00001.parquet"}), *manifest.shards[2:])
-    write_manifest(bucket, manifest.model_copy(update={"shards": shards}))
-    assert "00001.parquet row group 0: its ids must be" in refusal(bucket)
+    table, count = read_row_groups(bucket, manifest).copy(), manifest.shards[0].row_groups
+    table[count : 2 * count] = table[:count]
+    changes = {"shards": shards, "row_groups_sha256": write_row_groups(bucket, table)}
+    write_manifest(bucket, manifest.model_copy(update=changes))
+    assert "00001.parquet: its ids must be 6 to 11" in refusal(bucket)
 
 
 def test_images_of_another_shape_or_none_are_found():
     bucket, manifest = packed("keep")
     write_manifest(bucket, manifest.model_copy(update={"height": 9}))
     assert "00000.parquet row group 0 image 0 is 1 x 8 x 8" in refusal(bucket)
-    data = encode_shard([[Row(i, str(i), b"no image") for i in range(12)]], image_bytes=None, plan="")
+    data = encode_shard([[Row(i, str(i), b"no image") for i in range(12)]], image_bytes=None)
     bucket.write("00000.parquet", data)
-    write_manifest(bucket, manifest.model_copy(update={"shards": (describe_shard("00000.parquet", data),)}))
+    shard, table = describe_shard("00000.parquet", data, image_bytes=None)
+    changes = {"shards": (shard,), "row_groups_sha256": write_row_groups(bucket, table)}
+    write_manifest(bucket, manifest.model_copy(update=changes))
     assert "00000.parquet row group 0 image 0 is no image that can be read" in refusal(bucket)
 
 

@@ -46,10 +46,16 @@ class DataConfig(Section):
     """Images per optimisation step over all workers; the last batch of an epoch may be smaller."""
     lanes: int = Field(default=32, ge=1, le=65536)
     """Stretches of the epoch read side by side; at least the number of workers, so that each reads its own."""
-    window_rows: int = Field(default=1024, ge=1, le=2**20)
+    window_rows: int = Field(default=2048, ge=1, le=2**20)
     """Images within a lane are displaced by less than this many rows; memory and mixing grow with it."""
     prefetch_batches: int = Field(default=4, ge=1, le=256)
     """Batches each worker fetches and decodes ahead of the step."""
+    cache_dir: str | None = None
+    """Folder on each node's disk where its workers keep row groups that they have fetched; without it nothing is kept."""
+    cache_bytes: int = Field(default=64 << 30, ge=1)
+    """Most bytes the folder of cache_dir may hold, those of other data sets included."""
+    on_corrupt: Literal["fail", "skip"] = "fail"
+    """fail: the job ends at training images that stay damaged; skip: it goes on without them, counts and names them."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -193,7 +199,7 @@ class JobConfig(Section):
 
 
 # Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
-_FREE = ("run.name", "run.bucket", "data.train", "data.test", "data.prefetch_batches", "training.report_every_images",
+_FREE = ("run.name", "run.bucket", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.on_corrupt", "training.report_every_images",
          "training.evaluate_every_images", "checkpoint.", "cluster.")  # fmt: skip
 
 

@@ -142,6 +142,9 @@ def _say_newest(run: "Overview", split: str) -> None:
         say(
             f"  {row['images'] / row['seconds']:,.0f} images/s with {workers}, {waited:.1%} of the time spent waiting for images"
         )
+    for number, what in ((row["missing_images"], "damaged images left out"), (row["retries"], "requests repeated")):
+        if number:
+            say(f"  {number:,} {what} since the report before")
 
 
 def _bound(run: "Overview", record: "Record") -> str:

@@ -1,6 +1,7 @@
 """What is known of a run from its bucket alone, and its numbers as JSON."""
 
 import io
+import json
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -159,6 +160,7 @@ def _speed_and_numbers(row: Row | None) -> dict[str, Any] | None:
     if row["seconds"]:
         numbers["images_per_second"] = row["images"] / row["seconds"]
         numbers["data_wait_share"] = row["data_wait_seconds"] / row["seconds"]
+        numbers |= {"missing_images": row["missing_images"], "retries": json.loads(row["retry_causes"] or "{}")}
     return numbers
 
 

@@ -1,9 +1,12 @@
 """Work done by threads ahead of its use, in order."""
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import suppress
+from queue import Empty, Queue
+from typing import NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -12,16 +15,54 @@ THREADS = 8
 """Enough to hide the latency of a bucket; decoding uses as many as there are cores."""
 
 
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = THREADS) -> Iterator[Result]:
     """Like map, with a few items in work while the caller uses those before them."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         waiting = deque[Future[Result]]()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * THREADS:
+                if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def in_background(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
+    """The same items, made by a thread of their own at most `depth` ahead; so is the exception that ends them."""
+    made = Queue[Item | _Ended](maxsize=depth)
+    closed = threading.Event()
+
+    def work() -> None:
+        ended = _Ended(None)
+        try:
+            for item in items:
+                made.put(item)
+                if closed.is_set():
+                    break
+        except BaseException as error:
+            ended = _Ended(error)
+        finally:
+            items.close()
+        if not closed.is_set():
+            made.put(ended)
+
+    threading.Thread(target=work, name="read-ahead", daemon=True).start()
+    try:
+        while not isinstance(item := made.get(), _Ended):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        closed.set()
+        with suppress(Empty):  # the thread may be waiting for room
+            while True:
+                made.get_nowait()
+
+
+class _Ended(NamedTuple):
+    """Behind the last item."""
+
+    error: BaseException | None

@@ -1,16 +1,20 @@
 """A data set's images as uint8 batches: in training order for one rank, or each once for evaluation."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from vaejob.config import DataConfig
-from vaejob.data.manifest import Manifest, read_manifest
+from vaejob.data.cache import DiskCache
+from vaejob.data.groups import RowGroups
+from vaejob.data.manifest import Manifest, read_manifest, read_row_groups
 from vaejob.data.order import GlobalBatch, RankPlan
-from vaejob.data.reader import RowGroupReader
+from vaejob.data.reader import GROUPS_AHEAD, RowGroupReader
 from vaejob.storage import Bucket, open_bucket
 
 EVALUATION_BLOCK = 256
@@ -22,9 +26,13 @@ class Batch(NamedTuple):
 
     place: GlobalBatch
     ids: np.ndarray
-    """Sample ids, int64 [b]; b may be 0."""
+    """Sample ids, int64 [b], ascending; b may be 0."""
     images: np.ndarray
     """uint8 [b, C, H, W]."""
+    missing: int = 0
+    """Images of this rank's part that are damaged and were left out, which data.on_corrupt=skip allows."""
+    notes: tuple[str, ...] = ()
+    """What a person should be told: what was left out and why, or why nothing is cached any more; one line each."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,20 @@ class DataSet:
 
     bucket: Bucket
     manifest: Manifest
+    row_groups: np.ndarray
+    """Every row group in order, dtype ROW_GROUP."""
+
+    @cached_property
+    def row_group_rows(self) -> np.ndarray:
+        """Rows of every row group, in order; shape [row groups], int64."""
+        return self.row_groups["rows"].astype(np.int64)
 
     def training_batches(
         self, config: DataConfig, *, seed: int, images_seen: int, until: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """The rank's batches after `images_seen` images of the whole job, until `until`."""
-        group_rows = self.manifest.row_group_rows()
         plan = RankPlan(
-            row_group_rows=group_rows,
+            row_group_rows=self.row_group_rows,
             global_batch=config.global_batch,
             lanes=config.lanes,
             window_rows=config.window_rows,
@@ -48,29 +62,55 @@ class DataSet:
             rank=rank,
             world_size=world_size,
         )
-        # A lane's offset needs rows up to about window_rows / 2 to either side; a rank shares a lane at either cut.
-        groups_per_lane = math.ceil(config.window_rows / float(np.median(group_rows))) + 3
-        lanes_of_rank = math.ceil(config.lanes / world_size) + 2
-        reader = RowGroupReader(self.bucket, self.manifest, groups_held=lanes_of_rank * groups_per_lane)
-        batches = (((place, ids), ids) for place, ids in plan.batches(images_seen=images_seen, until=until))
-        for (place, ids), images in reader.batches(batches, prefetch=config.prefetch_batches):
-            yield Batch(place, ids, images)
+        cache = self._cache(config)
+        groups = RowGroups(self.bucket, self.manifest, self.row_groups, cache=cache)
+        held, skip = self._groups_held(config, world_size=world_size), config.on_corrupt == "skip"
+        reader = RowGroupReader(groups, groups_held=held, skip_damaged=skip)
+        planned = (
+            ((place, len(ids)), np.sort(ids)) for place, ids in plan.batches(images_seen=images_seen, until=until)
+        )
+        for (place, due), ids, images, skipped in reader.batches(planned, prefetch=config.prefetch_batches):
+            notes = [f"left out of training: {line}" for line in skipped]
+            if cache is not None and cache.trouble:
+                notes.append(cache.trouble)
+            yield Batch(place, ids, images, due - len(ids), tuple(notes))
+
+    def reader_bytes(self, config: DataConfig, *, world_size: int = 1) -> int:
+        """The most memory that a rank's training batches hold at once: row groups, and batches made ahead of the step."""
+        groups = min(self._groups_held(config, world_size=world_size) + GROUPS_AHEAD, len(self.row_groups))
+        rank_batch = math.ceil(config.global_batch / world_size) * self.manifest.dims
+        return groups * int(self.row_groups["size"].max()) + (config.prefetch_batches + 4) * rank_batch
 
     def evaluation_blocks(self, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rank's blocks of consecutive (ids, images): over all ranks each image exactly once, unpadded."""
         blocks = math.ceil(self.manifest.images / EVALUATION_BLOCK)
         own = range(blocks * rank // world_size, blocks * (rank + 1) // world_size)
         ids = (np.arange(i * EVALUATION_BLOCK, min((i + 1) * EVALUATION_BLOCK, self.manifest.images)) for i in own)
-        reader = RowGroupReader(self.bucket, self.manifest, groups_held=16)
-        yield from reader.batches(((block, block) for block in ids), prefetch=4)
+        for read in self._reader(groups_held=2).batches(((None, block) for block in ids), prefetch=4):
+            yield read.ids, read.images
 
     def images(self, ids: np.ndarray) -> np.ndarray:
-        """The images with these ids; uint8 [len(ids), C, H, W]."""
-        reader = RowGroupReader(self.bucket, self.manifest, groups_held=16)
-        return next(reader.batches([(None, np.asarray(ids, dtype=np.int64))], prefetch=0))[1]
+        """The images with these ids, in their order; uint8 [len(ids), C, H, W]."""
+        ascending, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+        return next(self._reader(groups_held=2).batches([(None, ascending)], prefetch=1)).images[places]
+
+    def _reader(self, *, groups_held: int) -> RowGroupReader:
+        return RowGroupReader(RowGroups(self.bucket, self.manifest, self.row_groups), groups_held=groups_held)
+
+    def _groups_held(self, config: DataConfig, *, world_size: int) -> int:
+        # A lane's offset needs rows up to about window_rows / 2 to either side; a rank shares a lane at either cut.
+        groups_per_lane = math.ceil(config.window_rows / float(np.median(self.row_group_rows))) + 3
+        return (math.ceil(config.lanes / world_size) + 2) * groups_per_lane
+
+    def _cache(self, config: DataConfig) -> DiskCache | None:
+        if config.cache_dir is None:
+            return None
+        name = hashlib.sha256(f"{self.manifest.fingerprint}{self.manifest.row_groups_sha256}".encode()).hexdigest()[:32]
+        return DiskCache(config.cache_dir, limit_bytes=config.cache_bytes, data_set=name)
 
 
 def open_data(address: str) -> DataSet:
     """The packed images at an address. Raises DataError where there are none, or where their manifest is damaged."""
     bucket = open_bucket(address)
-    return DataSet(bucket, read_manifest(bucket))
+    manifest = read_manifest(bucket)
+    return DataSet(bucket, manifest, read_row_groups(bucket, manifest))

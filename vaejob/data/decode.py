@@ -1,22 +1,28 @@
 """From the bytes of an image file to its pixels, the same pixels on every machine: uint8 [C, H, W], grey or RGB.
 
-JPEG is decoded by libjpeg-turbo's exact transform, everything else by Pillow. What would have to be guessed at (alpha,
+JPEG is decoded by libjpeg-turbo's exact transform, plain PNG by libspng, everything else by Pillow. What would have to be guessed at (alpha,
 16 bits, CMYK, several frames) is refused. An EXIF orientation is not applied: the pixels are those that were stored.
 """
 
 import io
+import struct
 import warnings
 
 import numpy as np
+import pyspng
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from vaejob.errors import DataError
 
+Buffer = bytes | memoryview
+
 MAX_PIXELS = 64_000_000
 """Height x width beyond which an image is refused before it is decoded."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOURS = {0: "L", 2: "RGB"}
 # No others: some of Pillow's formats start programs or draw vector graphics.
 _FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TO_MODE = {"L": "L", "1": "L", "RGB": "RGB", "P": "RGB"}
@@ -24,33 +30,31 @@ _TO_MODE = {"L": "L", "1": "L", "RGB": "RGB", "P": "RGB"}
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def decode_image(data: bytes, key: str, *, shape: tuple[int, int, int] | None = None) -> np.ndarray:
+def decode_image(data: Buffer, key: str, *, shape: tuple[int, int, int] | None = None) -> np.ndarray:
     """The pixels of an image file, uint8 [C, H, W].
 
     Raises DataError, naming the key, where it cannot be decoded or has not the shape that is asked for.
     """
-    try:
-        image = _decode_jpeg(data, key) if encoding_of(data) == "JPEG" else _decode_by_pillow(data, key)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(
-            f"{key} is no image that can be read; use PNG, JPEG, WebP, BMP, GIF, TIFF, PGM or PPM"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{key} has too many pixels; at most {MAX_PIXELS:,} are decoded") from error
-    except Exception as error:  # decoders raise whatever their parsers stumble over
-        raise DataError(f"{key} cannot be decoded, it is damaged: {' '.join(str(error).split())}") from error
-    if shape is not None and image.shape != shape:
-        raise DataError(f"{key} is {describe_shape(image.shape)}; it must be {describe_shape(shape)}")
-    return image
+    pixels = _decoded(data, key, None)
+    if shape is not None:
+        _check_shape(key, pixels.shape, shape)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def encoding_of(data: bytes) -> str | None:
+def decode_into(data: Buffer, key: str, pixels: np.ndarray) -> None:
+    """Decodes an image file into uint8 [H, W, C], contiguous. Raises DataError like `decode_image`."""
+    height, width, channels = pixels.shape
+    found = _decoded(data, key, pixels)
+    if found is not pixels:
+        _check_shape(key, found.shape, (channels, height, width))
+        pixels[:] = found
+
+
+def encoding_of(data: Buffer) -> str | None:
     """PNG, JPEG or WEBP, from the first bytes of a file; None for anything else."""
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
+    if data[:8] == _PNG_MAGIC:
         return "PNG"
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
@@ -78,16 +82,73 @@ def describe_shape(shape: tuple[int, ...]) -> str:
     return f"{channels} x {height} x {width} (channels x height x width)"
 
 
-def _decode_jpeg(data: bytes, key: str) -> np.ndarray:
+def _decoded(data: Buffer, key: str, out: np.ndarray | None) -> np.ndarray:
+    """The pixels, uint8 [H, W, C]: `out` itself if they could be decoded into it."""
+    try:
+        if encoding_of(data) == "JPEG":
+            return _decode_jpeg(data, key, out)
+        if encoding_of(data) == "PNG" and (kind := _plain_png(data)) is not None:
+            return _decode_png(data, key, kind)
+        return _decode_by_pillow(data, key)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{key} is no image that can be read; use PNG, JPEG, WebP, BMP, GIF, TIFF, PGM or PPM"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{key} has too many pixels; at most {MAX_PIXELS:,} are decoded") from error
+    except Exception as error:  # decoders raise whatever their parsers stumble over
+        raise DataError(f"{key} cannot be decoded, it is damaged: {' '.join(str(error).split())}") from error
+
+
+def _check_shape(key: str, found: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+    height, width, channels = found
+    if (channels, height, width) != shape:
+        raise DataError(f"{key} is {describe_shape((channels, height, width))}; it must be {describe_shape(shape)}")
+
+
+def _decode_jpeg(data: Buffer, key: str, out: np.ndarray | None) -> np.ndarray:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in ("Gray", "YCbCr", "RGB"):
         raise DataError(f"{key} has {colours} colours; convert it to RGB or grey")
     _refuse_bomb(key, height=height, width=width)
-    pixels = simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" else "RGB", fastdct=False, fastupsample=False)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    kind = "GRAY" if colours == "Gray" else "RGB"
+    if out is None:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, kind, fastdct=False, fastupsample=False)
+        return pixels
+    rows, columns, channels = out.shape
+    _check_shape(key, (height, width, 1 if kind == "GRAY" else 3), (channels, rows, columns))
+    simplejpeg.decode_jpeg(data, kind, fastdct=False, fastupsample=False, buffer=out)
+    return out
 
 
-def _decode_by_pillow(data: bytes, key: str) -> np.ndarray:
+def _plain_png(data: Buffer) -> tuple[int, int, str] | None:
+    """(height, width, L or RGB) of a PNG of 8-bit grey or RGB; None for any other, which Pillow is to look at."""
+    if bytes(data[12:16]) != b"IHDR" or len(data) < 33:
+        return None
+    width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    if bits != 8 or colours not in _PNG_COLOURS:
+        return None
+    place = 8
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        if name == b"IDAT":
+            return height, width, _PNG_COLOURS[colours]
+        if name in (b"tRNS", b"acTL"):  # transparent, or animated
+            return None
+        place += length + 12
+    return None
+
+
+def _decode_png(data: Buffer, key: str, kind: tuple[int, int, str]) -> np.ndarray:
+    height, width, colours = kind
+    _refuse_bomb(key, height=height, width=width)
+    pixels: np.ndarray = pyspng.load(bytes(data), format=colours)
+    return pixels.reshape(height, width, len(colours))
+
+
+def _decode_by_pillow(data: Buffer, key: str) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _refuse_bomb(key, height=image.height, width=image.width)
         if image.has_transparency_data:
@@ -99,7 +160,8 @@ def _decode_by_pillow(data: bytes, key: str) -> np.ndarray:
             raise DataError(f"{key} has {image.mode} colours; convert it to RGB or grey")
         if (frames := getattr(image, "n_frames", 1)) != 1:
             raise DataError(f"{key} holds {frames} frames; it must hold one image")
-        return _from_pillow(image.convert(_TO_MODE[image.mode]))
+        pixels = np.asarray(image.convert(_TO_MODE[image.mode]))
+        return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
 
 
 def _refuse_bomb(key: str, *, height: int, width: int) -> None:

@@ -85,24 +85,20 @@ class Layout:
     def lane_rows(self, lane: int) -> int:
         return self.lane_start(lane + 1) - self.lane_start(lane)
 
-    def offsets(self, lane: int, start: int, stop: int) -> tuple[int, int]:
-        """The lane's offsets [low, high) that positions [start, stop) fall on."""
-        return -((lane - start) // self.lanes), -((lane - stop) // self.lanes)
-
     def rank_stretches(self, batch: GlobalBatch, *, rank: int, world_size: int) -> list[tuple[int, int, int]]:
         """The rank's part of a batch as (lane, first offset, end offset), lane by lane.
 
         Parts of all ranks, one after another, are the batch; their sizes differ by at most one.
         """
         first, end = batch.images * rank // world_size, batch.images * (rank + 1) // world_size
-        stretches, before = [], 0
-        for lane in range(self.lanes):
-            low, high = self.offsets(lane, batch.start, batch.stop)
-            cut_low, cut_high = max(first - before, 0), min(end - before, high - low)
-            if cut_low < cut_high:
-                stretches.append((lane, low + cut_low, low + cut_high))
-            before += high - low
-        return stretches
+        # Position p is lane p mod L, offset p div L: of each lane, the offsets [low, high) are in the batch.
+        lanes = np.arange(self.lanes)
+        low, high = (-((lanes - position) // self.lanes) for position in (batch.start, batch.stop))
+        before = np.cumsum(high - low) - (high - low)  # images of the batch in the lanes before
+        cut_low = low + np.maximum(first - before, 0)
+        cut_high = np.minimum(low + end - before, high)
+        own = np.flatnonzero(cut_low < cut_high)
+        return list(zip(own.tolist(), cut_low[own].tolist(), cut_high[own].tolist(), strict=True))
 
 
 class EpochOrder:

@@ -2,24 +2,30 @@
 
 source --bytes or pixels--> image --stored bytes--> rows --> row groups --> shards --> manifest
 
-Each split is a data set of its own. The same source and settings give the same bytes, so packing that was interrupted is
-finished by repeating it: the complete shards of the same plan are checked and kept.
+Each split is a data set of its own. The same images and settings give the same bytes, wherever and by however many machines
+they are packed; packing that was interrupted is finished by repeating it: whole shards of the same plan are kept.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from threading import Lock
+
+import numpy as np
 
 from vaejob.data.fingerprint import fingerprint
-from vaejob.data.manifest import MANIFEST_KEY, Manifest, read_manifest, write_manifest
-from vaejob.data.part import Part, packed_shards
-from vaejob.data.recipe import Encoding, choose_recipe
+from vaejob.data.manifest import MANIFEST_KEY, Manifest, read_manifest, write_manifest, write_row_groups
+from vaejob.data.part import PACKING_KEY, Packed, Part, begin, pack_here
+from vaejob.data.recipe import Encoding, choose_recipe, stored_bytes
 from vaejob.data.sources import ImageSource, open_source
 from vaejob.data.splits import divide, parse_split
 from vaejob.errors import DataError
-from vaejob.storage import Bucket, join, open_bucket
+from vaejob.storage import join
 
 SHARD_BYTES = 64 << 20
 ROW_GROUP_BYTES = 1 << 20
+
+Packer = Callable[..., Iterator[Packed]]
+"""packer(part, on_images=...) writes the shards of a part and gives them in order, like `part.pack_here`."""
 
 
 def pack(
@@ -32,6 +38,7 @@ def pack(
     shard_bytes: int = SHARD_BYTES,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
+    packer: Packer = pack_here,
 ) -> dict[str, Manifest]:
     """Packs a source into the folders dest/<split>, and returns their manifests.
 
@@ -47,21 +54,26 @@ def pack(
             f"split {empty[0]} would be empty; {len(images.samples)} images are too few for --split {split}"
         )
     recipe = choose_recipe(images, size=size, encoding=encoding)
+    per_image = stored_bytes(images, recipe)
+    group_rows = max(1, round(row_group_bytes / per_image))
+    shard_rows = max(1, round(shard_bytes / (group_rows * per_image))) * group_rows
     parts = [
         Part(
             source=images,
             split=name,
             indices=indices,
-            bucket=open_bucket(join(dest, name)),
+            address=join(dest, name),
             recipe=recipe,
-            shard_bytes=shard_bytes,
-            row_group_bytes=row_group_bytes,
+            group_rows=group_rows,
+            shard_rows=shard_rows,
+            shard_bytes=round(min(shard_rows, len(indices)) * per_image),
         )
         for name, indices in chosen.items()
     ]
     finished = {part.split: manifest for part in parts if (manifest := _finished(part)) is not None}
     report = _progress(on_progress, total=sum(len(part.indices) for part in parts if part.split not in finished))
-    return {part.split: finished.get(part.split) or _pack_part(part, on_images=report) for part in parts}
+    run = partial(packer, on_images=report)
+    return {part.split: finished.get(part.split) or _pack_part(part, run) for part in parts}
 
 
 def _finished(part: Part) -> Manifest | None:
@@ -69,16 +81,15 @@ def _finished(part: Part) -> Manifest | None:
     if part.bucket.size(MANIFEST_KEY) is None:
         return None
     manifest = read_manifest(part.bucket)
-    if manifest.plan != part.plan():
+    if manifest.plan != part.plan:
         was = f"{part.bucket.url} was packed from other images or with other settings ({manifest.source})"
         raise DataError(f"{was}; delete it, or choose another DEST")
     return manifest
 
 
-def _pack_part(part: Part, *, on_images: Callable[[int], None]) -> Manifest:
-    plan = part.plan()
-    packed = list(packed_shards(part, plan, on_images=on_images))
-    _delete_strays(part.bucket, kept={shard.key for shard, _ in packed})
+def _pack_part(part: Part, run: Callable[[Part], Iterator[Packed]]) -> Manifest:
+    begin(part)
+    packed = list(run(part))
     channels, height, width = part.recipe.shape
     resized = f", cropped and resized to {part.recipe.size} x {part.recipe.size}" if part.recipe.size else ""
     manifest = Manifest(
@@ -88,29 +99,25 @@ def _pack_part(part: Part, *, on_images: Callable[[int], None]) -> Manifest:
         height=height,
         width=width,
         encoding=part.recipe.encoding,
-        fingerprint=fingerprint(sum(digests for _, digests in packed)),
+        fingerprint=fingerprint(sum(one.digests for one in packed)),
         source=part.source.description + resized,
-        plan=plan,
-        shards=tuple(shard for shard, _ in packed),
+        plan=part.plan,
+        row_groups_sha256=write_row_groups(part.bucket, np.concatenate([one.row_groups for one in packed])),
+        shards=tuple(one.shard for one in packed),
     )
     write_manifest(part.bucket, manifest)  # the data set exists once its manifest does
+    part.bucket.delete(PACKING_KEY)
     return manifest
 
 
-def _delete_strays(bucket: Bucket, *, kept: set[str]) -> None:
-    """Removes what an earlier run with smaller shards left behind."""
-    for key in bucket.keys():  # noqa: SIM118 - a bucket is no dict
-        if re.fullmatch(r"\d{5,}\.parquet", key) and key not in kept:
-            bucket.delete(key)
-
-
 def _progress(on_progress: Callable[[int, int], None] | None, *, total: int) -> Callable[[int], None]:
-    done = 0
+    done, lock = 0, Lock()
 
     def add(images: int) -> None:
         nonlocal done
-        done += images
-        if on_progress is not None:
-            on_progress(done, total)
+        with lock:
+            done += images
+            if on_progress is not None:
+                on_progress(done, total)
 
     return add

@@ -1,123 +1,197 @@
-"""Images by sample id, from row groups that a few threads fetch ahead of their use.
+"""Images by sample id, from row groups that threads fetch and decode ahead of their use.
 
-Everything that is read is checked against the manifest. At most `groups_held` row groups and `prefetch` batches are in
-memory; nothing is shared with other processes, and nothing is left behind when the process dies.
+plan --ids of a batch--> row groups, fetched --bytes--> decode --pixels--> batch --queue--> the training thread
+
+The training thread only takes. At most `groups_held` + GROUPS_AHEAD row groups and prefetch + 4 batches are in memory;
+nothing is shared with other processes, and nothing is left behind when the process dies.
 """
 
+import os
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from typing import TypeVar
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from vaejob.data.decode import decode_image
-from vaejob.data.manifest import Manifest, Shard
-from vaejob.data.shards import RowGroupColumns, parse_row_group
-from vaejob.errors import BucketError, DataError
-from vaejob.storage import Bucket
+from vaejob.data.ahead import in_background
+from vaejob.data.decode import decode_into, describe_shape
+from vaejob.data.groups import RowGroups
+from vaejob.data.shards import Images
+from vaejob.errors import DataError
 
 Tag = TypeVar("Tag")
 
 FETCH_THREADS = 8
-DECODE_THREADS = 2
-READS_OF_DAMAGED_BYTES = 3
+GROUPS_AHEAD = 16
+"""Row groups that are fetched before the first batch that needs them is put together: what hides a store's latency."""
+
+BATCHES_PLANNED = 64
+BATCHES_IN_DECODING = 2
+IMAGES_PER_TASK = 16
+
+
+class Read(NamedTuple, Generic[Tag]):
+    """The images of one entry of a plan."""
+
+    tag: Tag
+    ids: np.ndarray
+    """int64 [b], ascending; without those that were skipped."""
+    images: np.ndarray
+    """uint8 [b, C, H, W]; in memory the channels of a pixel lie together where the images were encoded."""
+    skipped: tuple[str, ...]
+    """One line for each row group or image that was damaged and left out."""
 
 
 class RowGroupReader:
-    """Rows of one data set by their id."""
+    """Rows of one data set by their id. With skip_damaged, what stays damaged is left out and named, else it raises."""
 
-    def __init__(self, bucket: Bucket, manifest: Manifest, *, groups_held: int) -> None:
-        self._bucket = bucket
-        self._manifest = manifest
+    def __init__(self, groups: RowGroups, *, groups_held: int, skip_damaged: bool = False) -> None:
+        self._groups = groups
         self._groups_held = groups_held
-        self._places = [(shard, index) for shard in manifest.shards for index in range(len(shard.row_groups))]
-        self._first_ids = np.concatenate([[0], np.cumsum(manifest.row_group_rows())])
-        self._held = OrderedDict[int, Future[RowGroupColumns]]()  # newest use last
-        self._footer = lru_cache(maxsize=1024)(self._read_footer)
+        self._skip_damaged = skip_damaged
+        self._raw = groups.manifest.encoding == "raw"
 
-    def batches(self, plan: Iterable[tuple[Tag, np.ndarray]], *, prefetch: int) -> Iterator[tuple[Tag, np.ndarray]]:
-        """For each (tag, ids) of the plan, in its order: the tag and the images, uint8 [len(ids), C, H, W].
+    def batches(self, plan: Iterable[tuple[Tag, np.ndarray]], *, prefetch: int) -> Iterator[Read[Tag]]:
+        """The images of each (tag, ids) of the plan, in its order; ids ascend within each.
 
         Raises DataError, naming shard and row group, for bytes that do not match the manifest or do not decode, and
         BucketError when the bucket does not answer.
         """
+        return in_background(self._read(plan), depth=max(1, prefetch))
+
+    def _read(self, plan: Iterable[tuple[Tag, np.ndarray]]) -> Generator[Read[Tag], None, None]:
+        """Fetches far ahead, decodes a little ahead; gives a batch as soon as it is whole."""
+        decoding = deque[_Assembling[Tag]]()
         fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-        decoders = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
-        ahead = deque[tuple[Tag, Future[np.ndarray]]]()
+        decoders = ThreadPoolExecutor(_cores(), thread_name_prefix="decode")
         try:
-            for tag, ids in plan:
-                groups = np.searchsorted(self._first_ids, ids, side="right") - 1
-                fetched = {int(group): self._fetch_ahead(int(group), fetchers) for group in np.unique(groups)}
-                ahead.append((tag, decoders.submit(self._gather, ids, groups, fetched)))
-                if len(ahead) > prefetch:
-                    tag, images = ahead.popleft()
-                    yield tag, images.result()
-            for tag, images in ahead:
-                yield tag, images.result()
+            with closing(self._fetched_ahead(plan, fetchers)) as planned:
+                for batch in planned:
+                    while decoding and (len(decoding) >= BATCHES_IN_DECODING or not batch.is_fetched()):
+                        yield decoding.popleft().finish()
+                    decoding.append(self._assemble(batch, decoders))
+            while decoding:
+                yield decoding.popleft().finish()
         finally:
             decoders.shutdown(wait=False, cancel_futures=True)
             fetchers.shutdown(wait=False, cancel_futures=True)
-            self._held.clear()  # its futures may have been cancelled
 
-    def _fetch_ahead(self, group: int, fetchers: ThreadPoolExecutor) -> Future[RowGroupColumns]:
-        if group not in self._held:
-            self._held[group] = fetchers.submit(self._read_group, group)
-        self._held.move_to_end(group)
-        while len(self._held) > self._groups_held:
-            self._held.popitem(last=False)
-        return self._held[group]
+    def _fetched_ahead(
+        self, plan: Iterable[tuple[Tag, np.ndarray]], fetchers: ThreadPoolExecutor
+    ) -> Generator["_Planned[Tag]", None, None]:
+        """The plan's batches with their row groups, of which up to GROUPS_AHEAD that no earlier batch needs are on their way."""
+        held = OrderedDict[int, Future[Images]]()  # newest use last
+        ahead = deque[_Planned[Tag]]()
+        new_groups = 0
+        for tag, ids in plan:
+            batch = _Planned(tag, ids, *self._stretches(ids))
+            for group in batch.groups:
+                if group not in held:
+                    held[group] = fetchers.submit(self._groups.read, group)
+                    batch.new_groups += 1
+                held.move_to_end(group)
+                batch.fetched.append(held[group])
+            ahead.append(batch)
+            new_groups += batch.new_groups
+            while len(held) > self._groups_held + GROUPS_AHEAD:
+                held.popitem(last=False)
+            while ahead and (new_groups - ahead[0].new_groups >= GROUPS_AHEAD or len(ahead) > BATCHES_PLANNED):
+                new_groups -= ahead[0].new_groups
+                yield ahead.popleft()
+        yield from ahead
 
-    def _gather(self, ids: np.ndarray, groups: np.ndarray, fetched: dict[int, Future[RowGroupColumns]]) -> np.ndarray:
-        shape = self._manifest.shape
-        images = np.empty((len(ids), *shape), dtype=np.uint8)
-        flat = images.reshape(len(ids), self._manifest.dims)
-        rows = ids - self._first_ids[groups]
-        by_group = np.argsort(groups, kind="stable")
-        starts, ends = (np.searchsorted(groups[by_group], list(fetched), side=side) for side in ("left", "right"))
-        for (group, future), start, end in zip(fetched.items(), starts, ends, strict=True):
-            columns, chosen = future.result(), by_group[start:end]
-            if isinstance(columns.images, np.ndarray):
-                flat[chosen] = columns.images[rows[chosen]]
-            else:
-                for place, row in zip(chosen, rows[chosen], strict=True):
-                    key = f"{self._bucket.url}/{self._places[group][0].key} image {self._first_ids[group] + row}"
-                    images[place] = decode_image(columns.images[row], key, shape=shape)
-        return images
+    def _stretches(self, ids: np.ndarray) -> tuple[list[int], list[int]]:
+        """The row groups of ascending ids, and where in the ids each one's rows begin, with their end."""
+        groups = np.searchsorted(self._groups.first_ids, ids, side="right") - 1
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        return groups[starts].tolist(), [*starts.tolist(), len(ids)]
 
-    def _read_group(self, group: int) -> RowGroupColumns:
-        shard, index = self._places[group]
-        place = shard.row_groups[index]
-        for attempt in range(READS_OF_DAMAGED_BYTES):
+    def _assemble(self, batch: "_Planned[Tag]", decoders: ThreadPoolExecutor) -> "_Assembling[Tag]":
+        channels, height, width = self._groups.manifest.shape
+        shape = (channels, height, width) if self._raw else (height, width, channels)
+        try:
+            pixels = np.empty((len(batch.ids), *shape), dtype=np.uint8)
+        except MemoryError:
+            what = f"{len(batch.ids)} images of {describe_shape(self._groups.manifest.shape)}"
+            raise DataError(f"{self._groups.url}: there is no memory for a batch of {what}") from None
+        work = _Assembling(batch, pixels if self._raw else pixels.transpose(0, 3, 1, 2))
+        flat = pixels.reshape(len(pixels), self._groups.manifest.dims) if self._raw else pixels
+        spans = zip(batch.groups, batch.fetched, batch.starts, batch.starts[1:], strict=False)
+        for group, fetched, start, end in spans:
             try:
-                body = self._bucket.read(shard.key, place.offset, place.offset + place.size)
-                columns = parse_row_group(shard, index, body=body, footer=self._footer(shard))
-            except BucketError:
-                self._refuse_damaged(shard)
-                raise
+                images = fetched.result()
             except DataError as error:
-                # A byte may have been flipped on the way: what the store holds is read again before it is blamed.
-                self._footer.cache_clear()
-                if attempt == READS_OF_DAMAGED_BYTES - 1:
-                    raise DataError(f"{self._bucket.url}/{error}") from None
+                work.leave_out(range(start, end), self._refused(error))
                 continue
-            first = int(self._first_ids[group])
-            if not np.array_equal(columns.ids, np.arange(first, first + place.rows)):
-                raise DataError(f"{self._bucket.url}/{shard.key} row group {index}: its ids do not start at {first}")
-            if isinstance(columns.images, np.ndarray) and columns.images.shape[1] != self._manifest.dims:
-                found = f"its images have {columns.images.shape[1]} bytes, by the manifest {self._manifest.dims}"
-                raise DataError(f"{self._bucket.url}/{shard.key} row group {index}: {found}")
-            return columns
-        raise AssertionError("unreachable")
+            rows = batch.ids[start:end] - self._groups.first_ids[group]
+            if isinstance(images, np.ndarray):
+                np.take(images, rows, axis=0, out=flat[start:end], mode="clip")  # rows are in range: no second copy
+                continue
+            for first in range(0, len(rows), IMAGES_PER_TASK):
+                some = rows[first : first + IMAGES_PER_TASK].tolist()
+                task = decoders.submit(self._decode, group, images, some, pixels[start + first :])
+                work.tasks.append((start + first, task))
+        return work
 
-    def _refuse_damaged(self, shard: Shard) -> None:
-        """A store that answers, but has not what the manifest names, will not have it on another try."""
-        if (size := self._bucket.size(shard.key)) != shard.size:
-            found = "gone" if size is None else f"{size} bytes long"
-            raise DataError(
-                f"{self._bucket.url}/{shard.key} is {found}; the manifest says {shard.size} bytes"
-            ) from None
+    def _decode(self, group: int, images: list[memoryview], rows: list[int], pixels: np.ndarray) -> dict[int, str]:
+        """Decodes these rows into the first pixels; the damaged ones, by their place, with what is wrong."""
+        damaged = {}
+        for place, row in enumerate(rows):
+            try:
+                decode_into(images[row], self._groups.image_name(group, row), pixels[place])
+            except DataError as error:
+                damaged[place] = self._refused(error)
+        return damaged
 
-    def _read_footer(self, shard: Shard) -> bytes:
-        return self._bucket.read(shard.key, shard.size - shard.footer_size, shard.size)
+    def _refused(self, error: DataError) -> str:
+        if not self._skip_damaged:
+            raise error
+        return str(error)
+
+
+@dataclass
+class _Planned(Generic[Tag]):
+    """A batch whose row groups are on their way."""
+
+    tag: Tag
+    ids: np.ndarray
+    groups: list[int]
+    starts: list[int]
+    fetched: list[Future[Images]] = field(default_factory=list)
+    new_groups: int = 0
+
+    def is_fetched(self) -> bool:
+        return all(future.done() for future in self.fetched)
+
+
+@dataclass
+class _Assembling(Generic[Tag]):
+    """A batch whose images are being decoded."""
+
+    batch: _Planned[Tag]
+    images: np.ndarray
+    tasks: list[tuple[int, Future[dict[int, str]]]] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def leave_out(self, places: Iterable[int], why: str) -> None:
+        self.damaged += places
+        self.skipped.append(why)
+
+    def finish(self) -> Read[Tag]:
+        for start, task in self.tasks:
+            for place, why in task.result().items():
+                self.leave_out([start + place], why)
+        ids, images = self.batch.ids, self.images
+        if self.damaged:
+            whole = np.setdiff1d(np.arange(len(ids)), self.damaged)
+            ids, images = ids[whole], images[whole]
+        return Read(self.batch.tag, ids, images, tuple(self.skipped))
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,12 +5,15 @@ from typing import Literal
 
 import numpy as np
 
+from vaejob.data.ahead import map_ahead
 from vaejob.data.decode import crop_and_resize, decode_image, describe_shape, encode_png, encoding_of
 from vaejob.data.sources import ImageSource
 from vaejob.errors import DataError
 
 LARGEST_RAW = 3 * 64 * 64
 """Bytes of pixels up to which images are stored raw unless another encoding is asked for."""
+
+_IMAGES_WEIGHED = 64
 
 Encoding = Literal["auto", "raw", "keep"]
 
@@ -47,6 +50,15 @@ def choose_recipe(source: ImageSource, *, size: int | None, encoding: Encoding) 
     raw = encoding == "raw" or (encoding == "auto" and image.size <= LARGEST_RAW)
     channels, height, width = image.shape
     return Recipe(shape=(channels, height, width), encoding="raw" if raw else "encoded", size=size, first_key=key)
+
+
+def stored_bytes(source: ImageSource, recipe: Recipe) -> float:
+    """Bytes of a stored image: of every one if they are raw, else the mean of some from all over the source."""
+    if recipe.image_bytes is not None:
+        return recipe.image_bytes
+    count = len(source.samples)
+    some = sorted({index * count // _IMAGES_WEIGHED for index in range(_IMAGES_WEIGHED)})
+    return sum(len(stored) for _, stored in map_ahead(lambda index: prepare(source, index, recipe), some)) / len(some)
 
 
 def prepare(source: ImageSource, index: int, recipe: Recipe) -> tuple[np.ndarray, bytes]:

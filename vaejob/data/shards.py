@@ -1,24 +1,29 @@
-"""One shard: a plain Parquet file of ids, keys and images, and how to read one row group of it without the rest.
+"""One shard: a plain Parquet file of ids, keys and images, and how to read one row group's images without the rest.
 
-Nothing is compressed and nothing is null, so a row group is one stretch of the file and its raw pixels need no decoding.
+Nothing is compressed and nothing is null, so the images of a row group are one stretch of the file that needs no Parquet
+reader: raw pixels end to end, or image files that each follow their length.
 """
 
 import hashlib
+import struct
 import zlib
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vaejob.data.manifest import RowGroup, Shard
-from vaejob.errors import DataError
-from vaejob.storage import Bucket
+from vaejob.data.manifest import ROW_GROUP, Shard
+from vaejob.errors import DataDamaged, DataError
+
+Images = np.ndarray | list[memoryview]
+"""Of one row group. Raw: uint8 [rows, C*H*W]; encoded: one image file each."""
 
 _ONE_PAGE = 1 << 30
 _SEAL = b"vaejob-seal:"
 _OPEN = b"0" * 64
+_LENGTH = struct.Struct("<I")
 
 
 class Row(NamedTuple):
@@ -29,17 +34,8 @@ class Row(NamedTuple):
     image: bytes
 
 
-class RowGroupColumns(NamedTuple):
-    """The rows of one row group."""
-
-    ids: np.ndarray
-    """int64 [rows]."""
-    images: np.ndarray | list[bytes]
-    """Raw: uint8 [rows, C*H*W]; encoded: one image file each."""
-
-
-def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None, plan: str) -> bytes:
-    """A Parquet file of these row groups, which holds a hash of itself and of what it was packed from, its plan.
+def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None) -> bytes:
+    """A Parquet file of these row groups, which holds a hash of itself.
 
     image_bytes is the length of every image, or None where they differ.
     """
@@ -61,21 +57,19 @@ def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None, plan: 
                 pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(rows))
-        writer.add_key_value_metadata({"vaejob.plan": plan, "vaejob.seal": (_SEAL + _OPEN).decode()})
+        writer.add_key_value_metadata({"vaejob.seal": (_SEAL + _OPEN).decode()})
     return _sealed(file.getvalue().to_pybytes())
 
 
-def shard_plan(data: bytes) -> str | None:
-    """The plan of a shard that `encode_shard` made and nothing has damaged since; None for any other bytes."""
+def is_whole(data: bytes) -> bool:
+    """Whether these bytes are a shard that `encode_shard` made, and nothing has damaged it since."""
     place = data.rfind(_SEAL) + len(_SEAL)
-    if place < len(_SEAL) or _sealed(data[:place] + _OPEN + data[place + len(_OPEN) :]) != data:
-        return None
-    return str(pq.read_metadata(pa.BufferReader(data)).metadata[b"vaejob.plan"].decode())
+    return place >= len(_SEAL) and _sealed(data[:place] + _OPEN + data[place + len(_OPEN) :]) == data
 
 
 def is_ours(data: bytes) -> bool:
-    """Whether these bytes come from `encode_shard`, damaged or not."""
-    return b"vaejob.plan" in data or _SEAL in data
+    """Whether these bytes, or the last of them, come from `encode_shard`, damaged or not."""
+    return _SEAL in data
 
 
 def _sealed(data: bytes) -> bytes:
@@ -84,128 +78,53 @@ def _sealed(data: bytes) -> bytes:
     return data[:place] + hashlib.sha256(data).hexdigest().encode() + data[place + len(_OPEN) :]
 
 
-def describe_shard(key: str, data: bytes) -> Shard:
-    """A shard's sizes and checksums, from its bytes. Raises DataError if they are no Parquet file."""
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{key} is no Parquet file: {' '.join(str(error).split())}") from error
-    groups = []
-    for index in range(metadata.num_row_groups):
-        start, stop = _row_group_span(metadata, index)
-        crc32 = zlib.crc32(data[start:stop])
-        groups.append(RowGroup(rows=metadata.row_group(index).num_rows, offset=start, size=stop - start, crc32=crc32))
-    if not groups:
-        raise DataError(f"{key} holds no rows")
-    footer = data[groups[-1].offset + groups[-1].size :]
-    return Shard(
+def describe_shard(key: str, data: bytes, *, image_bytes: int | None) -> tuple[Shard, np.ndarray]:
+    """A shard's sizes and checksums, and its row groups [row groups] of dtype ROW_GROUP, from its own bytes.
+
+    Only for bytes that `is_whole`: Parquet's parser may end the process over damaged ones.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data))
+    table = np.zeros(file.num_row_groups, dtype=ROW_GROUP)
+    for index in range(len(table)):
+        group = file.metadata.row_group(index)
+        column = group.column(group.num_columns - 1)
+        # The chunk is one page: a header, then the values, each after its length where lengths differ.
+        lengths = pc.binary_length(file.read_row_group(index, columns=["image"], use_threads=False)["image"])
+        size = pc.sum(lengths).as_py() + (0 if image_bytes is not None else _LENGTH.size * group.num_rows)
+        offset = column.data_page_offset + column.total_compressed_size - size
+        table[index] = group.num_rows, size, offset, zlib.crc32(memoryview(data)[offset : offset + size])
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") :]
+    shard = Shard(
         key=key,
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         footer_size=len(footer),
         footer_crc32=zlib.crc32(footer),
-        row_groups=tuple(groups),
+        rows=file.metadata.num_rows,
+        row_groups=len(table),
     )
+    return shard, table
 
 
-def read_footer(bucket: Bucket, shard: Shard) -> bytes:
-    return bucket.read(shard.key, shard.size - shard.footer_size, shard.size)
-
-
-def read_row_group(bucket: Bucket, shard: Shard, index: int, footer: bytes) -> RowGroupColumns:
-    """One row group, by one ranged read. Raises DataError if it is not what the manifest says."""
-    group = shard.row_groups[index]
-    body = bucket.read(shard.key, group.offset, group.offset + group.size)
-    return parse_row_group(shard, index, body=body, footer=footer)
-
-
-def parse_row_group(shard: Shard, index: int, body: bytes, footer: bytes) -> RowGroupColumns:
-    """The rows of one row group, from its bytes and those of the footer.
-
-    Raises DataError, naming shard and row group, if they are not what the manifest says.
-    """
-    name, group = f"{shard.key} row group {index}", shard.row_groups[index]
-    _check(name, body, size=group.size, crc32=group.crc32)
-    _check(f"{name}, footer of the shard", footer, size=shard.footer_size, crc32=shard.footer_crc32)
-    try:
-        window = _Window(pa.py_buffer(body), start=group.offset, file_size=shard.size)
-        parquet = pq.ParquetFile(pa.PythonFile(window, mode="r"), metadata=_parse_footer(footer))
-        table = parquet.read_row_group(index, columns=["id", "image"], use_threads=False)
-    except (pa.ArrowException, OSError, IndexError) as error:
-        raise DataError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
-    if len(table) != group.rows:
-        raise DataError(f"{name}: it has {len(table)} rows, the manifest says {group.rows}")
-    return RowGroupColumns(ids=table["id"].to_numpy(), images=_images(table["image"]))
-
-
-def _check(name: str, data: bytes, *, size: int, crc32: int) -> None:
+def check_bytes(name: str, data: bytes, *, size: int, crc32: int) -> None:
+    """Raises DataDamaged, with that name, for bytes that are not what the manifest says."""
     if len(data) != size:
-        raise DataError(f"{name}: it has {len(data)} bytes, the manifest says {size}")
+        raise DataDamaged(f"{name}: it has {len(data)} bytes, the manifest says {size}")
     if (found := zlib.crc32(data)) != crc32:
-        raise DataError(f"{name}: checksum is {found:08x}, the manifest says {crc32:08x}")
+        raise DataDamaged(f"{name}: checksum is {found:08x}, the manifest says {crc32:08x}")
 
 
-def _images(column: Any) -> np.ndarray | list[bytes]:
-    if not pa.types.is_fixed_size_binary(column.type):
-        return column.to_pylist()  # type: ignore[no-any-return]
-    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    width = whole.type.byte_width
-    pixels = np.frombuffer(whole.buffers()[1], dtype=np.uint8)
-    return pixels[whole.offset * width : (whole.offset + len(whole)) * width].reshape(len(whole), width)
-
-
-def _row_group_span(metadata: Any, index: int) -> tuple[int, int]:
-    """First byte, and the one after the last, of a row group's column chunks."""
-    group = metadata.row_group(index)
-    spans = []
-    for column in map(group.column, range(group.num_columns)):
-        # An encoder that uses dictionaries puts their page first.
-        start = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset is not None)
-        spans.append((start, start + column.total_compressed_size))
-    return min(start for start, _ in spans), max(stop for _, stop in spans)
-
-
-@lru_cache(maxsize=64)
-def _parse_footer(footer: bytes) -> Any:
-    return pq.read_metadata(pa.BufferReader(footer))
-
-
-class _Window:
-    """A file of which only one stretch is there, as pyarrow wants to see it; slices are handed out without a copy."""
-
-    closed = False
-
-    def __init__(self, body: Any, *, start: int, file_size: int) -> None:
-        self._body = body
-        self._start = start
-        self._file_size = file_size
-        self._position = 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (0, self._position, self._file_size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read_buffer(self, size: int) -> Any:
-        first = self._position - self._start
-        if not 0 <= first <= first + size <= self._body.size:
-            raise OSError(f"bytes {self._position} to {self._position + size} are outside the row group")
-        self._position += size
-        return self._body.slice(first, size)
-
-    def read(self, size: int) -> bytes:
-        return self.read_buffer(size).to_pybytes()  # type: ignore[no-any-return]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
+def plain_images(name: str, body: bytes, *, rows: int, image_bytes: int | None) -> Images:
+    """The images of a row group of layout plain, without a copy. Raises DataError if the bytes are not `rows` images."""
+    if image_bytes is not None:
+        if len(body) != rows * image_bytes:
+            raise DataError(f"{name}: it has {len(body)} bytes, {rows} images have {rows * image_bytes}")
+        return np.frombuffer(body, dtype=np.uint8).reshape(rows, image_bytes)
+    view, images, place = memoryview(body), list[memoryview](), 0
+    while place + _LENGTH.size <= len(view):
+        start = place + _LENGTH.size
+        place = start + _LENGTH.unpack_from(view, place)[0]
+        images.append(view[start:place])
+    if place != len(view) or len(images) != rows:
+        raise DataError(f"{name}: its bytes are not {rows} images, each after its length")
+    return images

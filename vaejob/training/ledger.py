@@ -3,7 +3,9 @@
 Only a ledger writes rows and records, and only sums over all workers: no worker's own number appears in a run.
 """
 
+import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -64,7 +66,7 @@ class Ledger:
     def _take_shares(self, reports: Sequence[Report]) -> None:
         """Commits each state of which all ranks have now written their share."""
         first = reports[0]
-        for note in first.notes:
+        for note in dict.fromkeys(note for report in reports for note in report.notes):
             self._on_event(Event("note", {"text": note}))
         for report in reports:
             for images_seen, file in report.saved.items():
@@ -89,6 +91,7 @@ class Ledger:
         }
         rows: list[Row] = []
         trained = sum((report.train for report in reports), LikelihoodTotals())
+        retries = sum((Counter(report.retries) for report in reports), Counter[str]())
         if trained.images:
             rows.append(
                 {
@@ -97,6 +100,9 @@ class Ledger:
                     "split": "train",
                     "seconds": max(report.seconds for report in reports),
                     "data_wait_seconds": max(report.data_wait_seconds for report in reports),
+                    "missing_images": sum(report.missing_images for report in reports),
+                    "retries": retries.total(),
+                    "retry_causes": json.dumps(dict(retries.most_common())),
                     "learning_rate": first.learning_rate,
                     "objective_nats": sum(report.objective_nats for report in reports),
                     "ids_digest": f"{sum(report.ids_digest for report in reports) % 2**64:016x}",

@@ -3,22 +3,26 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig
+from vaejob.data.ahead import in_background
 from vaejob.data.batches import Batch, DataSet
 from vaejob.data.order import ids_digest
 from vaejob.errors import ConfigError
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.metrics import LikelihoodTotals, RunningTotals
+from vaejob.storage.retry import retries_so_far
 from vaejob.training.checkpoint import StateWriter, state_tensors
 from vaejob.training.evaluate import evaluate
 from vaejob.training.schedule import beta, due, learning_rate
 from vaejob.training.step import StepTerms, train_step
 from vaejob.training.worker import Report, Worker
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -45,15 +49,15 @@ def train(
 ) -> None:
     """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end."""
     model = _distributed(state.scorer, worker)
-    window = Window(worker, attempt, started_at_images=state.images_seen, dims_per_image=dims_per_image)
-    for batch in window.timed(batches):
+    window = Window(worker, attempt, started_at_images=state.images_seen, dims_per_image=dims_per_image, notes=notes)
+    for batch, images in window.timed(_pinned(batches, worker.device)):
         before = state.images_seen
         state.images_seen = batch.place.epoch * images_per_epoch + batch.place.stop
         rate = learning_rate(job.optimizer, images_seen=before, images=job.training.images)
         terms = train_step(
             model,
             state.optimizer,
-            _to_device(batch.images, worker.device),
+            images.to(worker.device, non_blocking=True),
             batch.ids,
             job=job,
             pixels=state.scorer.pixels,
@@ -67,7 +71,7 @@ def train(
         if not now.report:
             continue
 
-        report = window.report(state.images_seen, learning_rate=rate, notes=notes)
+        report = window.report(state.images_seen, learning_rate=rate)
         _refuse_divergence(report)
         stop = worker.should_stop()
         if now.save or stop:
@@ -76,7 +80,6 @@ def train(
             report = replace(report, held_out=_held_out(job, worker, state, held_out))
         worker.report(replace(report, saved=writer.saved()))
         window.restart()
-        notes = ()
         if stop:
             break
 
@@ -87,20 +90,26 @@ def train(
 class Window:
     """What a rank has summed up since its last report."""
 
-    def __init__(self, worker: Worker, attempt: str, *, started_at_images: int, dims_per_image: int) -> None:
+    def __init__(
+        self, worker: Worker, attempt: str, *, started_at_images: int, dims_per_image: int, notes: Iterable[str]
+    ) -> None:
         self._worker, self._attempt, self._started_at_images = worker, attempt, started_at_images
         self._totals = RunningTotals(dims_per_image=dims_per_image, device=worker.device)
         self._objective_nats = torch.zeros((), dtype=torch.float64, device=worker.device)
+        self._notes = list(notes)
+        self._told = set[str]()
         self.restart()
 
     def restart(self) -> None:
         self._totals.clear()
         self._objective_nats.zero_()
         self._ids_digest = 0
+        self._missing_images = 0
+        self._retries_before = retries_so_far()
         self._began = time.perf_counter()
         self._waited_seconds = 0.0
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches, while the time that the step waits for them is counted."""
         source = iter(batches)
         while True:
@@ -116,9 +125,13 @@ class Window:
         self._totals.add(terms.bound)
         self._objective_nats += terms.objective_nats
         self._ids_digest += ids_digest(batch.ids, epoch=batch.place.epoch)
+        self._missing_images += batch.missing
+        self._notes += [note for note in batch.notes if note not in self._told]
+        self._told.update(batch.notes)
 
-    def report(self, images_seen: int, *, learning_rate: float = 0.0, notes: tuple[str, ...] = ()) -> Report:
-        """The sums so far; waits for the device."""
+    def report(self, images_seen: int, *, learning_rate: float = 0.0) -> Report:
+        """The sums so far, and the notes since the last report; waits for the device."""
+        notes, self._notes = self._notes, []
         return Report(
             images_seen=images_seen,
             attempt=self._attempt,
@@ -131,7 +144,9 @@ class Window:
             learning_rate=learning_rate,
             seconds=time.perf_counter() - self._began,
             data_wait_seconds=self._waited_seconds,
-            notes=notes,
+            missing_images=self._missing_images,
+            retries=dict(retries_so_far() - self._retries_before),
+            notes=tuple(notes),
         )
 
 
@@ -155,9 +170,12 @@ def _held_out(job: JobConfig, worker: Worker, state: TrainState, data: DataSet) 
     )
 
 
-def _to_device(images: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(images)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def _pinned(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with its images, uint8 [b, C, H, W]; for a GPU, in memory that it reads while the step before goes on."""
+    tensors = ((batch, torch.from_numpy(batch.images)) for batch in batches)
+    if device.type != "cuda":
+        return tensors
+    return in_background(((batch, images.pin_memory()) for batch, images in tensors), depth=1)
 
 
 def _refuse_divergence(report: Report) -> None:

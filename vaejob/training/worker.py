@@ -26,6 +26,10 @@ class Report:
     learning_rate: float = 0.0
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
+    missing_images: int = 0
+    """Damaged images that data.on_corrupt=skip left out."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """Requests to the bucket that were repeated, by cause."""
     held_out: LikelihoodTotals | None = None
     """This worker's part of a held-out pass at images_seen."""
     saved: dict[int, StateFile] = field(default_factory=dict)
