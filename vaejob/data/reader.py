@@ -72,7 +72,12 @@ class RowGroupReader:
                 for batch in planned:
                     while decoding and (len(decoding) >= BATCHES_IN_DECODING or not batch.is_fetched()):
                         yield decoding.popleft().finish()
-                    decoding.append(self._assemble(batch, decoders))
+                    assembling = self._assemble(batch, decoders)
+                    if assembling.tasks:
+                        decoding.append(assembling)
+                    else:
+                        yield from (earlier.finish() for earlier in (*decoding, assembling))
+                        decoding.clear()
             while decoding:
                 yield decoding.popleft().finish()
         finally:
@@ -83,17 +88,17 @@ class RowGroupReader:
         self, plan: Iterable[tuple[Tag, np.ndarray]], fetchers: ThreadPoolExecutor
     ) -> Generator["_Planned[Tag]", None, None]:
         """The plan's batches with their row groups, of which up to GROUPS_AHEAD that no earlier batch needs are on their way."""
-        held = OrderedDict[int, Future[Images]]()  # newest use last
+        held = OrderedDict[int, _Held]()  # newest use last
         ahead = deque[_Planned[Tag]]()
         new_groups = 0
         for tag, ids in plan:
-            batch = _Planned(tag, ids, *self._stretches(ids))
+            batch = self._planned(tag, ids)
             for group in batch.groups:
                 if group not in held:
-                    held[group] = fetchers.submit(self._groups.read, group)
+                    held[group] = _Held(fetchers.submit(self._groups.read, group))
                     batch.new_groups += 1
                 held.move_to_end(group)
-                batch.fetched.append(held[group])
+                batch.held.append(held[group])
             ahead.append(batch)
             new_groups += batch.new_groups
             while len(held) > self._groups_held + GROUPS_AHEAD:
@@ -103,11 +108,11 @@ class RowGroupReader:
                 yield ahead.popleft()
         yield from ahead
 
-    def _stretches(self, ids: np.ndarray) -> tuple[list[int], list[int]]:
-        """The row groups of ascending ids, and where in the ids each one's rows begin, with their end."""
+    def _planned(self, tag: Tag, ids: np.ndarray) -> "_Planned[Tag]":
         groups = np.searchsorted(self._groups.first_ids, ids, side="right") - 1
         starts = np.flatnonzero(np.diff(groups, prepend=-1))
-        return groups[starts].tolist(), [*starts.tolist(), len(ids)]
+        rows = ids - self._groups.first_ids[groups]
+        return _Planned(tag, ids, rows, groups[starts].tolist(), [*starts.tolist(), len(ids)])
 
     def _assemble(self, batch: "_Planned[Tag]", decoders: ThreadPoolExecutor) -> "_Assembling[Tag]":
         channels, height, width = self._groups.manifest.shape
@@ -119,16 +124,15 @@ class RowGroupReader:
             raise DataError(f"{self._groups.url}: there is no memory for a batch of {what}") from None
         work = _Assembling(batch, pixels if self._raw else pixels.transpose(0, 3, 1, 2))
         flat = pixels.reshape(len(pixels), self._groups.manifest.dims) if self._raw else pixels
-        spans = zip(batch.groups, batch.fetched, batch.starts, batch.starts[1:], strict=False)
-        for group, fetched, start, end in spans:
+        for group, held, start, end in zip(batch.groups, batch.held, batch.starts, batch.starts[1:], strict=False):
             try:
-                images = fetched.result()
+                images = held.wait() if held.images is None else held.images
             except DataError as error:
                 work.leave_out(range(start, end), self._refused(error))
                 continue
-            rows = batch.ids[start:end] - self._groups.first_ids[group]
+            rows = batch.rows[start:end]
             if isinstance(images, np.ndarray):
-                np.take(images, rows, axis=0, out=flat[start:end], mode="clip")  # rows are in range: no second copy
+                images.take(rows, 0, flat[start:end], "clip")  # rows are in range: no second copy
                 continue
             for first in range(0, len(rows), IMAGES_PER_TASK):
                 some = rows[first : first + IMAGES_PER_TASK].tolist()
@@ -152,19 +156,40 @@ class RowGroupReader:
         return str(error)
 
 
+class _Held:
+    """A row group that is in memory, or on its way."""
+
+    __slots__ = ("_fetched", "images")
+
+    def __init__(self, fetched: Future[Images]) -> None:
+        self._fetched = fetched
+        self.images: Images | None = None
+
+    def is_fetched(self) -> bool:
+        return self.images is not None or self._fetched.done()
+
+    def wait(self) -> Images:
+        """Raises what reading it raised, to everyone who asks."""
+        self.images = self._fetched.result()
+        return self.images
+
+
 @dataclass
 class _Planned(Generic[Tag]):
     """A batch whose row groups are on their way."""
 
     tag: Tag
     ids: np.ndarray
+    rows: np.ndarray
+    """Of each id, in its row group."""
     groups: list[int]
     starts: list[int]
-    fetched: list[Future[Images]] = field(default_factory=list)
+    """Where in the ids the rows of each row group begin, and their end."""
+    held: list[_Held] = field(default_factory=list)
     new_groups: int = 0
 
     def is_fetched(self) -> bool:
-        return all(future.done() for future in self.fetched)
+        return all(held.is_fetched() for held in self.held)
 
 
 @dataclass
