@@ -76,7 +76,10 @@ class DataSet:
             yield Batch(place, ids, images, due - len(ids), tuple(notes))
 
     def reader_bytes(self, config: DataConfig, *, world_size: int = 1) -> int:
-        """The most memory that a rank's training batches hold at once: row groups, and batches made ahead of the step."""
+        """The most memory that a rank's training batches hold at once: row groups, and batches made ahead of the step.
+
+        Row groups count as they are stored; those of an indexed file are unpacked in memory.
+        """
         groups = min(self._groups_held(config, world_size=world_size) + GROUPS_AHEAD, len(self.row_groups))
         rank_batch = math.ceil(config.global_batch / world_size) * self.manifest.dims
         return groups * int(self.row_groups["size"].max()) + (config.prefetch_batches + 4) * rank_batch

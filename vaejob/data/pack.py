@@ -8,13 +8,13 @@ they are packed; packing that was interrupted is finished by repeating it: whole
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from threading import Lock
 
 import numpy as np
 
 from vaejob.data.fingerprint import fingerprint
 from vaejob.data.manifest import MANIFEST_KEY, Manifest, read_manifest, write_manifest, write_row_groups
 from vaejob.data.part import PACKING_KEY, Packed, Part, begin, pack_here
+from vaejob.data.progress import counter
 from vaejob.data.recipe import Encoding, choose_recipe, stored_bytes
 from vaejob.data.sources import ImageSource, open_source
 from vaejob.data.splits import divide, parse_split
@@ -71,7 +71,7 @@ def pack(
         for name, indices in chosen.items()
     ]
     finished = {part.split: manifest for part in parts if (manifest := _finished(part)) is not None}
-    report = _progress(on_progress, total=sum(len(part.indices) for part in parts if part.split not in finished))
+    report = counter(on_progress, total=sum(len(part.indices) for part in parts if part.split not in finished))
     run = partial(packer, on_images=report)
     return {part.split: finished.get(part.split) or _pack_part(part, run) for part in parts}
 
@@ -108,16 +108,3 @@ def _pack_part(part: Part, run: Callable[[Part], Iterator[Packed]]) -> Manifest:
     write_manifest(part.bucket, manifest)  # the data set exists once its manifest does
     part.bucket.delete(PACKING_KEY)
     return manifest
-
-
-def _progress(on_progress: Callable[[int, int], None] | None, *, total: int) -> Callable[[int], None]:
-    done, lock = 0, Lock()
-
-    def add(images: int) -> None:
-        nonlocal done
-        with lock:
-            done += images
-            if on_progress is not None:
-                on_progress(done, total)
-
-    return add

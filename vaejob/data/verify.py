@@ -12,8 +12,10 @@ from vaejob.data.ahead import map_ahead
 from vaejob.data.decode import decode_image
 from vaejob.data.fingerprint import fingerprint, sample_digest
 from vaejob.data.groups import parse_group, shards_bucket
+from vaejob.data.inplace import Kind, read_file
 from vaejob.data.manifest import MANIFEST_KEY, Manifest, Shard, read_manifest, read_row_groups
 from vaejob.data.shards import Images
+from vaejob.data.sources.content import open_content
 from vaejob.errors import DataError, ObjectMissing
 from vaejob.storage import Bucket, join, open_bucket
 
@@ -39,7 +41,8 @@ def verify(bucket: Bucket, *, on_progress: Callable[[int, int], None] | None = N
     images, groups, digests = 0, 0, 0
     for shard in manifest.shards:
         own = row_groups[groups : groups + shard.row_groups]
-        digests += _verified_shard(shards, shard, own, first_id=images, manifest=manifest)
+        verified = _verified_shard if manifest.layout == "plain" else _verified_in_place
+        digests += verified(shards, shard, own, first_id=images, manifest=manifest)
         images, groups = images + shard.rows, groups + shard.row_groups
         if on_progress is not None:
             on_progress(images, manifest.images)
@@ -79,21 +82,40 @@ def _verified_shard(bucket: Bucket, shard: Shard, row_groups: np.ndarray, *, fir
         digests = _shard_digests(shard, row_groups, data, first_id=first_id, manifest=manifest)
         if (found := hashlib.sha256(data).hexdigest()) != shard.sha256:
             raise DataError(f"{shard.key}: sha256 is {found}, the manifest says {shard.sha256}")
-        if manifest.layout == "plain":
-            check_ids(shard, data, rows=range(first_id, first_id + shard.rows))
+        check_ids(shard, data, rows=range(first_id, first_id + shard.rows))
     except DataError as error:
         raise DataError(f"{bucket.url}/{error}; pack the data again") from error
     return digests
 
 
+def _verified_in_place(
+    bucket: Bucket, shard: Shard, row_groups: np.ndarray, *, first_id: int, manifest: Manifest
+) -> int:
+    """The digests of a file of layout parquet, which may be large: it is indexed once more, and compared."""
+    name, kind = join(bucket.url, shard.key), Kind(manifest.column, manifest.encoding, manifest.shape)
+    try:
+        content = open_content(name)
+    except ObjectMissing:
+        raise DataError(f"{name} is gone; index the data again") from None
+    if content.size != shard.size:
+        raise DataError(f"{name} has {content.size} bytes, the manifest says {shard.size}; index the data again")
+    found = read_file(content, shard.key, kind, first_id=first_id, on_images=lambda images: None)
+    for index, (group, expected) in enumerate(zip(found.row_groups, row_groups.tolist(), strict=False)):
+        if group != list(expected):
+            raise DataError(f"{name} row group {index}: it is {group}, the manifest says {list(expected)}; index again")
+    if found.shard != shard:
+        was = f"sha256 is {found.shard.sha256}, the manifest says {shard.sha256}"
+        raise DataError(f"{name} is not what it was: {was}; index the data again")
+    return found.digests
+
+
 def _shard_digests(shard: Shard, row_groups: np.ndarray, data: bytes, *, first_id: int, manifest: Manifest) -> int:
-    footer = data[len(data) - shard.footer_size :]
     first_ids = first_id + np.cumsum(row_groups["rows"], dtype=np.int64) - row_groups["rows"]
 
     def digests(index: int) -> int:
         place, name = row_groups[index], f"{shard.key} row group {index}"
         body = data[int(place["offset"]) : int(place["offset"]) + int(place["size"])]
-        images = parse_group(name, body, place, index, footer=footer, shard=shard, manifest=manifest)
+        images = parse_group(name, body, place, index, footer=None, shard=shard, manifest=manifest)
         return images_digests(images, first_id=int(first_ids[index]), shape=manifest.shape, name=name)
 
     return sum(map_ahead(digests, range(len(row_groups))))
