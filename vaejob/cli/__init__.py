@@ -36,6 +36,7 @@ def options(
 for verb in (
     train.quickstart,
     data.pack,
+    data.index,
     data.inspect,
     data.verify,
     train.train,
