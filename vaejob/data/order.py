@@ -85,8 +85,8 @@ class Layout:
     def lane_rows(self, lane: int) -> int:
         return self.lane_start(lane + 1) - self.lane_start(lane)
 
-    def rank_stretches(self, batch: GlobalBatch, *, rank: int, world_size: int) -> list[tuple[int, int, int]]:
-        """The rank's part of a batch as (lane, first offset, end offset), lane by lane.
+    def rank_stretches(self, batch: GlobalBatch, *, rank: int, world_size: int) -> tuple[Rows, Rows, Rows]:
+        """The rank's part of a batch: lanes, and of each its first offset and the one after its last.
 
         Parts of all ranks, one after another, are the batch; their sizes differ by at most one.
         """
@@ -98,7 +98,7 @@ class Layout:
         cut_low = low + np.maximum(first - before, 0)
         cut_high = np.minimum(low + end - before, high)
         own = np.flatnonzero(cut_low < cut_high)
-        return list(zip(own.tolist(), cut_low[own].tolist(), cut_high[own].tolist(), strict=True))
+        return own, cut_low[own], cut_high[own]
 
 
 class EpochOrder:
@@ -133,6 +133,33 @@ class EpochOrder:
         return self._first_row[place] + laid - self._laid_start[place]
 
 
+class _LanesAhead:
+    """The sample ids of an epoch's lanes, each computed a few windows ahead of its use."""
+
+    def __init__(self, order: EpochOrder, *, most_at_once: int) -> None:
+        self._order = order
+        lanes, self._ahead = order.layout.lanes, 4 * order.window_rows
+        width = min(max(self._ahead, most_at_once), order.layout.lane_rows(0))
+        self._ids = np.empty((lanes, width), dtype=np.int64)
+        self._first, self._end = np.zeros(lanes, dtype=np.int64), np.zeros(lanes, dtype=np.int64)
+
+    def ids(self, lanes: Rows, low: Rows, high: Rows) -> Rows:
+        """The ids at the offsets [low, high) of each lane, lane by lane."""
+        for place in np.flatnonzero((low < self._first[lanes]) | (high > self._end[lanes])).tolist():
+            self._compute(int(lanes[place]), int(low[place]), int(high[place]))
+        counts = high - low
+        columns = np.arange(counts.sum()) + np.repeat(low - self._first[lanes] - (np.cumsum(counts) - counts), counts)
+        ids: Rows = self._ids[np.repeat(lanes, counts), columns]
+        return ids
+
+    def _compute(self, lane: int, low: int, high: int) -> None:
+        # The first stretches differ in length, so that not all lanes run out at once.
+        ahead = self._ahead if self._end[lane] else self._ahead * (lane + 1) // len(self._end)
+        end = min(max(high, low + ahead), self._order.layout.lane_rows(lane))
+        self._ids[lane, : end - low] = self._order.rows(lane, low, end)
+        self._first[lane], self._end[lane] = low, end
+
+
 class RankPlan:
     """The sample ids of one rank's batches from images_seen on, computed a stretch of each lane at a time."""
 
@@ -157,17 +184,14 @@ class RankPlan:
 
     def batches(self, *, images_seen: int, until: int) -> Iterator[tuple[GlobalBatch, np.ndarray]]:
         """Each global batch with the rank's sample ids of it, which may be none; ends once `until` images are seen."""
-        order, epoch, ahead = None, -1, dict[int, tuple[int, np.ndarray]]()
+        epoch, ahead = -1, None
         for batch in global_batches(
             num_images=self._num_images, global_batch=self._global_batch, images_seen=images_seen, until=until
         ):
-            if order is None or batch.epoch != epoch:
-                order, epoch, ahead = self.epoch_order(batch.epoch), batch.epoch, {}
-            parts = [
-                self._stretch(order, ahead, *stretch)
-                for stretch in self._layout.rank_stretches(batch, rank=self._rank, world_size=self._world_size)
-            ]
-            yield batch, np.concatenate([np.empty(0, dtype=np.int64), *parts])
+            if ahead is None or batch.epoch != epoch:
+                most_at_once = self._global_batch // self._layout.lanes + 1
+                epoch, ahead = batch.epoch, _LanesAhead(self.epoch_order(batch.epoch), most_at_once=most_at_once)
+            yield batch, ahead.ids(*self._layout.rank_stretches(batch, rank=self._rank, world_size=self._world_size))
 
     def epoch_order(self, epoch: int) -> EpochOrder:
         return EpochOrder(
@@ -177,14 +201,3 @@ class RankPlan:
             seed=self._seed,
             epoch=epoch,
         )
-
-    def _stretch(
-        self, order: EpochOrder, ahead: dict[int, tuple[int, np.ndarray]], lane: int, start: int, stop: int
-    ) -> np.ndarray:
-        """The lane's rows at [start, stop), from a stretch four windows long that is computed when it runs out."""
-        first, rows = ahead.get(lane, (start, np.empty(0, dtype=np.int64)))
-        if not first <= start <= stop <= first + len(rows):
-            end = min(max(stop, start + 4 * self._window_rows), self._layout.lane_rows(lane))
-            first, rows = start, order.rows(lane, start, end)
-            ahead[lane] = first, rows
-        return rows[start - first : stop - first]

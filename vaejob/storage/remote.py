@@ -25,7 +25,7 @@ PIECE_BYTES = 16 * 2**20  # of a read, and the largest blob that is written by o
 PART_BYTES = 8 * 2**20  # of a larger write: four at once must fit a slow line within one request's time-out
 MOST_PARTS = 9_000  # S3 allows 10,000
 AT_ONCE = 4
-CHUNK_BYTES = 2**16  # of a reply, taken over as they come; a broken attempt loses less than that
+CHUNK_BYTES = 2**18  # of a reply, taken over as they come; a broken attempt loses less than that
 DEADLINE_S = 120.0  # for one request with all its repetitions, and for a store that fails every caller
 REQUEST_S = 30.0  # for one attempt, from connecting to the last byte of the reply
 
