@@ -8,12 +8,16 @@ near-equal parts it gives each rank its own lanes. Nothing is stored, drawn from
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+
+IMAGES_AT_ONCE = 4096
+"""Whose ids are looked up together, in one go for several small batches."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
@@ -85,20 +89,23 @@ class Layout:
     def lane_rows(self, lane: int) -> int:
         return self.lane_start(lane + 1) - self.lane_start(lane)
 
-    def rank_stretches(self, batch: GlobalBatch, *, rank: int, world_size: int) -> tuple[Rows, Rows, Rows]:
-        """The rank's part of a batch: lanes, and of each its first offset and the one after its last.
+    def rank_stretches(self, batches: list[GlobalBatch], *, rank: int, world_size: int) -> tuple[Rows, Rows, Rows]:
+        """The rank's parts of some batches: lanes, and of each its first offset and the one after its last, batch by batch.
 
-        Parts of all ranks, one after another, are the batch; their sizes differ by at most one.
+        Parts of all ranks, one after another, are a batch; their sizes differ by at most one.
         """
-        first, end = batch.images * rank // world_size, batch.images * (rank + 1) // world_size
-        # Position p is lane p mod L, offset p div L: of each lane, the offsets [low, high) are in the batch.
+        starts, stops = (
+            np.array(positions)[:, None] for positions in zip(*(batch[1:] for batch in batches), strict=True)
+        )
+        first, end = ((stops - starts) * part // world_size for part in (rank, rank + 1))
+        # Position p is lane p mod L, offset p div L: of each lane, the offsets [low, high) are in a batch.
         lanes = np.arange(self.lanes)
-        low, high = (-((lanes - position) // self.lanes) for position in (batch.start, batch.stop))
-        before = np.cumsum(high - low) - (high - low)  # images of the batch in the lanes before
+        low, high = (-((lanes - positions) // self.lanes) for positions in (starts, stops))
+        before = np.cumsum(high - low, axis=1) - (high - low)  # images of the batch in the lanes before
         cut_low = low + np.maximum(first - before, 0)
         cut_high = np.minimum(low + end - before, high)
         own = np.flatnonzero(cut_low < cut_high)
-        return own, cut_low[own], cut_high[own]
+        return own % self.lanes, cut_low.ravel()[own], cut_high.ravel()[own]
 
 
 class EpochOrder:
@@ -144,9 +151,10 @@ class _LanesAhead:
         self._first, self._end = np.zeros(lanes, dtype=np.int64), np.zeros(lanes, dtype=np.int64)
 
     def ids(self, lanes: Rows, low: Rows, high: Rows) -> Rows:
-        """The ids at the offsets [low, high) of each lane, lane by lane."""
-        for place in np.flatnonzero((low < self._first[lanes]) | (high > self._end[lanes])).tolist():
-            self._compute(int(lanes[place]), int(low[place]), int(high[place]))
+        """The ids at the offsets [low, high) of each lane, one after the other; a lane may come again, further on."""
+        for lane in np.unique(lanes[(low < self._first[lanes]) | (high > self._end[lanes])]).tolist():
+            here = lanes == lane
+            self._compute(lane, int(low[here].min()), int(high[here].max()))
         counts = high - low
         columns = np.arange(counts.sum()) + np.repeat(low - self._first[lanes] - (np.cumsum(counts) - counts), counts)
         ids: Rows = self._ids[np.repeat(lanes, counts), columns]
@@ -184,14 +192,23 @@ class RankPlan:
 
     def batches(self, *, images_seen: int, until: int) -> Iterator[tuple[GlobalBatch, np.ndarray]]:
         """Each global batch with the rank's sample ids of it, which may be none; ends once `until` images are seen."""
-        epoch, ahead = -1, None
-        for batch in global_batches(
+        all_batches = global_batches(
             num_images=self._num_images, global_batch=self._global_batch, images_seen=images_seen, until=until
-        ):
-            if ahead is None or batch.epoch != epoch:
-                most_at_once = self._global_batch // self._layout.lanes + 1
-                epoch, ahead = batch.epoch, _LanesAhead(self.epoch_order(batch.epoch), most_at_once=most_at_once)
-            yield batch, ahead.ids(*self._layout.rank_stretches(batch, rank=self._rank, world_size=self._world_size))
+        )
+        most = max(1, IMAGES_AT_ONCE // self._global_batch)
+        for epoch, of_epoch in groupby(all_batches, key=lambda batch: batch.epoch):
+            most_at_once = most * self._global_batch // self._layout.lanes + 2
+            ahead = _LanesAhead(self.epoch_order(epoch), most_at_once=most_at_once)
+            while batches := list(islice(of_epoch, most)):
+                ids = ahead.ids(*self._layout.rank_stretches(batches, rank=self._rank, world_size=self._world_size))
+                for batch in batches:
+                    share = self._share(batch)
+                    yield batch, ids[:share]
+                    ids = ids[share:]
+
+    def _share(self, batch: GlobalBatch) -> int:
+        """Images of a batch that are the rank's."""
+        return batch.images * (self._rank + 1) // self._world_size - batch.images * self._rank // self._world_size
 
     def epoch_order(self, epoch: int) -> EpochOrder:
         return EpochOrder(
