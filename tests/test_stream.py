@@ -1,5 +1,6 @@
 """What a job may ask of the stream: a disk cache, going on without damaged images, memory that is bounded and stated."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from vaejob.config import DataConfig
@@ -164,6 +166,34 @@ def test_evaluation_never_leaves_an_image_out(data: DataSet) -> None:
     damage_a_row_group(data, 3)
     with pytest.raises(DataError, match="checksum"):
         list(data.evaluation_blocks())
+
+
+STREAM = """
+import sys
+from vaejob.config import DataConfig
+from vaejob.data.batches import open_data
+data = open_data(sys.argv[1])
+config = DataConfig(train=sys.argv[1], global_batch=8, lanes=4, window_rows=50)
+for batch in data.training_batches(config, seed=0, images_seen=0, until=10**9):
+    print(batch.place.stop, flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").exists(), reason="looks into /dev/shm")
+def test_a_killed_reader_leaves_no_process_no_file_and_no_shared_memory(data: DataSet, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    before = set(Path("/dev/shm").iterdir())
+    with subprocess.Popen(
+        [sys.executable, "-c", STREAM, data.bucket.url], stdout=subprocess.PIPE, text=True, env=environment
+    ) as reader:
+        assert reader.stdout
+        for _ in range(100):
+            reader.stdout.readline()
+        assert psutil.Process(reader.pid).children(recursive=True) == []
+        reader.kill()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert {path for path in set(Path("/dev/shm").iterdir()) - before if str(reader.pid) in path.name} == set()
 
 
 MEMORY = """
