@@ -1,6 +1,6 @@
 """How fast images stream out of a bucket: ours beside its peers, and beside what the machine can do, in one run.
 
-    python tests/benchmarks/stream.py [--rounds 5] [--quick] [--only CASE] [--cifar ADDRESS] [--json FILE] [--readme]
+    python tests/benchmarks/stream.py [--rounds 5] [--worker-rounds 5] [--quick] [--only CASE] [--cifar ADDRESS] [--json FILE] [--readme]
 
 Each pass over a case's images is a fresh process, so that memory, CPU seconds and the time to the first batch are its
 own; imports are not timed. In a round every loader runs once, in random order; figures are medians over rounds, ratios
@@ -49,7 +49,15 @@ def main() -> None:
     for name in [options.only] if options.only else CASES:
         case = smaller(CASES[name]) if options.quick else CASES[name]
         title = f"{case.images:,} {case.kind.upper()} images of {case.side} x {case.side}"
-        run_case(case, title, findings, loaders=options.loaders, rounds=options.rounds, grown_from=options.cifar)
+        run_case(
+            case,
+            title,
+            findings,
+            loaders=options.loaders,
+            rounds=options.rounds,
+            worker_rounds=options.rounds if options.worker_rounds is None else options.worker_rounds,
+            grown_from=options.cifar,
+        )
         findings.machine = machine_lines(findings.servers, rounds=options.rounds, grown_from=options.cifar)
         print(f"\n{report(findings)}\n", flush=True)
         if options.json:
@@ -61,6 +69,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, help="default: 5, or 1 with --quick")
+    arguments.add_argument("--worker-rounds", type=int, help="rounds with 2 workers as well; default: all")
     arguments.add_argument("--quick", action="store_true", help="fewer images")
     arguments.add_argument("--only", choices=CASES, help="one case")
     arguments.add_argument("--loaders", nargs="+", choices=LOADERS, help="default: all but those that take minutes")

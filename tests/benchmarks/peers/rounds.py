@@ -16,9 +16,16 @@ from tests.s3.server import HOW_TO_INSTALL, running, which_server
 
 
 def run_case(
-    case: Case, name: str, findings: Findings, *, loaders: Sequence[str], rounds: int, grown_from: str | None
+    case: Case,
+    name: str,
+    findings: Findings,
+    *,
+    loaders: Sequence[str],
+    rounds: int,
+    worker_rounds: int,
+    grown_from: str | None,
 ) -> None:
-    """Adds what it finds to the findings. A server for each case, since it holds its objects in memory."""
+    """Adds what it finds to the findings; the passes with workers are run in the first rounds alone. A server for each case, since it holds its objects in memory."""
     kind = which_server()
     if kind is None:
         raise RuntimeError(f"there is no S3 server on this machine: {HOW_TO_INSTALL}")
@@ -27,12 +34,13 @@ def run_case(
         stage = Stage(case=case, folder=Path(folder), server=server)
         stage.make(grown_from=grown_from)
         for loader in loaders:
-            write_and_check(stage, name, loader, findings)
+            write_and_check(stage, name, loader, findings, with_workers=worker_rounds > 0)
         for turn in range(rounds):
-            run_round(stage, name, findings, loaders=loaders, turn=turn)
+            settings = [setting for setting in (*PASSES, RESUME) if turn < worker_rounds or not setting.workers]
+            run_round(stage, name, findings, loaders=loaders, turn=turn, settings=settings)
 
 
-def write_and_check(stage: Stage, case: str, loader: str, findings: Findings) -> None:
+def write_and_check(stage: Stage, case: str, loader: str, findings: Findings, *, with_workers: bool) -> None:
     def note(found: Delivery, *, how: int | str) -> None:
         findings.deliveries[case, loader, how] = found
         print(f"{case}: {loader} ({how}): {found}, mixing {found.mixing:.2f}", flush=True)
@@ -42,7 +50,7 @@ def write_and_check(stage: Stage, case: str, loader: str, findings: Findings) ->
     except PassError as error:
         fail(findings, case, loader, PASSES, error)
         return
-    for workers in (0, 2):
+    for workers in (0, 2) if with_workers else (0,):
         try:
             note(stage.delivered(loader, workers=workers), how=workers)
         except PassError as error:
@@ -54,9 +62,11 @@ def write_and_check(stage: Stage, case: str, loader: str, findings: Findings) ->
             fail(findings, case, loader, [RESUME], error)
 
 
-def run_round(stage: Stage, case: str, findings: Findings, *, loaders: Sequence[str], turn: int) -> None:
+def run_round(
+    stage: Stage, case: str, findings: Findings, *, loaders: Sequence[str], turn: int, settings: Sequence[Setting]
+) -> None:
     """Every loader once in each setting, in an order of this round."""
-    for setting in (*PASSES, RESUME):
+    for setting in settings:
         chosen = [each for each in loaders if setting != RESUME or LOADERS[each].resumes]
         chosen += CEILINGS if setting in (COLD, WARM) and OURS in loaders else []
         random.Random(f"{turn} {setting}").shuffle(chosen)

@@ -65,13 +65,22 @@ def case_table(findings: Findings, case: str) -> list[str]:
     """Rows by their speed from cold; samples/s with half their range, then CPU microseconds a sample."""
     loaders = dict.fromkeys(record.loader for record in findings.records if record.case == case)
     loaders |= dict.fromkeys(loader for failed, loader, _ in findings.failures if failed == case)
-    head = ["loader", *(f"{setting}: samples/s, CPU us" for setting in PASSES)]
+    passes = passes_of(findings, case)
+    head = ["loader", *(f"{setting}: samples/s, CPU us" for setting in passes)]
     head += ["first batch s", "resume s", "peak MB", "delivered (and with 2 workers)", "mixing"]
-    rows = sorted((row(findings, case, name) for name in loaders), key=lambda each: (each[0] in CEILINGS, -each[1]))
+    rows = sorted(
+        (row(findings, case, name, passes) for name in loaders), key=lambda each: (each[0] in CEILINGS, -each[1])
+    )
     return [line(head), line(["---"] * len(head)), *(line(cells) for _, _, cells in rows)]
 
 
-def row(findings: Findings, case: str, loader: str) -> tuple[str, float, list[str]]:
+def passes_of(findings: Findings, case: str) -> list[Setting]:
+    """Those that were run."""
+    run = {str(record.setting) for record in findings.records if record.case == case}
+    return [setting for setting in PASSES if str(setting) in run]
+
+
+def row(findings: Findings, case: str, loader: str, passes: Sequence[Setting]) -> tuple[str, float, list[str]]:
     def of(setting: Setting) -> list[Record]:
         return chosen(findings.records, case=case, setting=setting, loaders=[loader])
 
@@ -80,7 +89,7 @@ def row(findings: Findings, case: str, loader: str) -> tuple[str, float, list[st
         return format(found.median, form) if found and found.median else ""
 
     cells = [loader]
-    for setting in PASSES:
+    for setting in passes:
         failure = findings.failures.get((case, loader, str(setting)))
         cells.append(f"failed: {failure}" if failure else rate_cell(of(setting)))
     cells += [one(COLD, lambda r: r.first_batch, ".2f"), one(RESUME, lambda r: r.first_batch, ".2f")]
