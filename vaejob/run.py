@@ -18,6 +18,7 @@ from vaejob.errors import CheckpointError, ConfigError, DataError, ObjectMissing
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.likelihood.pixels import check_total_mass
 from vaejob.storage import Bucket, absolute, join, open_bucket, split_address
+from vaejob.storage.retry import retries_so_far
 from vaejob.storage.runs import (
     JOB_KEY,
     Record,
@@ -121,6 +122,7 @@ def make_ledger(job: JobConfig, inputs: Inputs, *, on_event: Callable[[Event], N
 
 def work(job: JobConfig, worker: Worker) -> None:
     """One rank of the job, from the newest good checkpoint to the end."""
+    retries_before = retries_so_far()
     if worker.device.type == "cpu":
         torch.set_num_threads(job.cluster.cpus_per_worker)
     inputs = open_inputs(job)
@@ -161,6 +163,7 @@ def work(job: JobConfig, worker: Worker) -> None:
         writer=StateWriter(inputs.run, attempt=attempt, rank=worker.rank, world_size=worker.world_size),
         attempt=attempt,
         notes=tuple(damage),
+        retries_before=retries_before,
     )
 
 
@@ -211,9 +214,9 @@ def _start_at_the_mean(scorer: NegativeELBO, data: DataSet, job: JobConfig) -> N
     """The decoder starts at the mean picture (Burda et al., 2016), taken over images from all over the data set."""
     blocks = np.linspace(0, data.manifest.images - 256, num=MEAN_IMAGES // 256).clip(min=0).astype(np.int64)
     ids = np.unique(blocks[:, None] + np.arange(256))
-    ids = ids[ids < data.manifest.images]
+    ids, images = data.found(ids[ids < data.manifest.images], skip_damaged=job.data.on_corrupt == "skip")
     levels = draw_levels(
-        torch.from_numpy(data.images(ids)),
+        torch.from_numpy(images),
         ids,
         pixels=scorer.pixels,
         config=job.likelihood,

@@ -15,6 +15,7 @@ from vaejob.data.groups import RowGroups
 from vaejob.data.manifest import Manifest, read_manifest, read_row_groups
 from vaejob.data.order import GlobalBatch, RankPlan
 from vaejob.data.reader import GROUPS_AHEAD, RowGroupReader
+from vaejob.errors import DataError
 from vaejob.storage import Bucket, open_bucket
 
 EVALUATION_BLOCK = 256
@@ -95,10 +96,21 @@ class DataSet:
     def images(self, ids: np.ndarray) -> np.ndarray:
         """The images with these ids, in their order; uint8 [len(ids), C, H, W]."""
         ascending, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
-        return next(self._reader(groups_held=2).batches([(None, ascending)], prefetch=1)).images[places]
+        return self.found(ascending, skip_damaged=False)[1][places]
 
-    def _reader(self, *, groups_held: int) -> RowGroupReader:
-        return RowGroupReader(RowGroups(self.bucket, self.manifest, self.row_groups), groups_held=groups_held)
+    def found(self, ids: np.ndarray, *, skip_damaged: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The images with these ascending ids, after the ids of those that are not damaged and left out.
+
+        Raises DataError if none is left.
+        """
+        read = next(self._reader(groups_held=2, skip_damaged=skip_damaged).batches([(None, ids)], prefetch=1))
+        if len(ids) and not len(read.ids):
+            raise DataError(f"{self.bucket.url}: none of {len(ids)} images can be read: {read.skipped[0]}")
+        return read.ids, read.images
+
+    def _reader(self, *, groups_held: int, skip_damaged: bool = False) -> RowGroupReader:
+        groups = RowGroups(self.bucket, self.manifest, self.row_groups)
+        return RowGroupReader(groups, groups_held=groups_held, skip_damaged=skip_damaged)
 
     def _groups_held(self, config: DataConfig, *, world_size: int) -> int:
         # A lane's offset needs rows up to about window_rows / 2 to either side; a rank shares a lane at either cut.

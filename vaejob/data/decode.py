@@ -21,6 +21,7 @@ MAX_PIXELS = 64_000_000
 """Height x width beyond which an image is refused before it is decoded."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+_JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = {0: "L", 2: "RGB"}
 # No others: some of Pillow's formats start programs or draw vector graphics.
@@ -52,7 +53,7 @@ def decode_into(data: Buffer, key: str, pixels: np.ndarray) -> None:
 
 def encoding_of(data: Buffer) -> str | None:
     """PNG, JPEG or WEBP, from the first bytes of a file; None for anything else."""
-    if data[:3] == b"\xff\xd8\xff":
+    if data[:3] == _JPEG_MAGIC:
         return "JPEG"
     if data[:8] == _PNG_MAGIC:
         return "PNG"
@@ -85,10 +86,11 @@ def describe_shape(shape: tuple[int, ...]) -> str:
 def _decoded(data: Buffer, key: str, out: np.ndarray | None) -> np.ndarray:
     """The pixels, uint8 [H, W, C]: `out` itself if they could be decoded into it."""
     try:
-        if encoding_of(data) == "JPEG":
+        magic = bytes(data[:8])
+        if magic[:3] == _JPEG_MAGIC:
             return _decode_jpeg(data, key, out)
-        if encoding_of(data) == "PNG" and (kind := _plain_png(data)) is not None:
-            return _decode_png(data, key, kind)
+        if magic == _PNG_MAGIC and (kind := _plain_png(file := bytes(data))) is not None:
+            return _decode_png(file, key, kind)
         return _decode_by_pillow(data, key)
     except DataError:
         raise
@@ -123,9 +125,9 @@ def _decode_jpeg(data: Buffer, key: str, out: np.ndarray | None) -> np.ndarray:
     return out
 
 
-def _plain_png(data: Buffer) -> tuple[int, int, str] | None:
+def _plain_png(data: bytes) -> tuple[int, int, str] | None:
     """(height, width, L or RGB) of a PNG of 8-bit grey or RGB; None for any other, which Pillow is to look at."""
-    if bytes(data[12:16]) != b"IHDR" or len(data) < 33:
+    if data[12:16] != b"IHDR" or len(data) < 33:
         return None
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
     if bits != 8 or colours not in _PNG_COLOURS:
@@ -141,10 +143,10 @@ def _plain_png(data: Buffer) -> tuple[int, int, str] | None:
     return None
 
 
-def _decode_png(data: Buffer, key: str, kind: tuple[int, int, str]) -> np.ndarray:
+def _decode_png(data: bytes, key: str, kind: tuple[int, int, str]) -> np.ndarray:
     height, width, colours = kind
     _refuse_bomb(key, height=height, width=width)
-    pixels: np.ndarray = pyspng.load(bytes(data), format=colours)
+    pixels: np.ndarray = pyspng.load(data, format=colours)
     return pixels.reshape(height, width, len(colours))
 
 

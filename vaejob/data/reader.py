@@ -31,6 +31,7 @@ GROUPS_AHEAD = 16
 BATCHES_PLANNED = 64
 BATCHES_IN_DECODING = 2
 IMAGES_PER_TASK = 16
+SMALL_IMAGE_BYTES = 3 * 64 * 64
 
 
 class Read(NamedTuple, Generic[Tag]):
@@ -66,7 +67,7 @@ class RowGroupReader:
         """Fetches far ahead, decodes a little ahead; gives a batch as soon as it is whole."""
         decoding = deque[_Assembling[Tag]]()
         fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-        decoders = ThreadPoolExecutor(_cores(), thread_name_prefix="decode")
+        decoders = ThreadPoolExecutor(self._decode_threads(), thread_name_prefix="decode")
         try:
             with closing(self._fetched_ahead(plan, fetchers)) as planned:
                 for batch in planned:
@@ -145,10 +146,17 @@ class RowGroupReader:
         damaged = {}
         for place, row in enumerate(rows):
             try:
-                decode_into(images[row], self._groups.image_name(group, row), pixels[place])
+                try:
+                    decode_into(images[row], "", pixels[place])
+                except DataError:  # once more, with its name: making all names would take longer than a small image
+                    decode_into(images[row], self._groups.image_name(group, row), pixels[place])
             except DataError as error:
                 damaged[place] = self._refused(error)
         return damaged
+
+    def _decode_threads(self) -> int:
+        """Of small images, several threads would do little but hand the interpreter's lock to one another."""
+        return 1 if self._groups.manifest.dims <= SMALL_IMAGE_BYTES else _cores()
 
     def _refused(self, error: DataError) -> str:
         if not self._skip_damaged:

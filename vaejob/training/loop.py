@@ -1,6 +1,7 @@
 """The training loop of one rank, top to bottom."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -46,10 +47,18 @@ def train(
     writer: StateWriter,
     attempt: str,
     notes: tuple[str, ...] = (),
+    retries_before: Counter[str],
 ) -> None:
     """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end."""
     model = _distributed(state.scorer, worker)
-    window = Window(worker, attempt, started_at_images=state.images_seen, dims_per_image=dims_per_image, notes=notes)
+    window = Window(
+        worker,
+        attempt,
+        started_at_images=state.images_seen,
+        dims_per_image=dims_per_image,
+        notes=notes,
+        retries_before=retries_before,
+    )
     for batch, images in window.timed(_pinned(batches, worker.device)):
         before = state.images_seen
         state.images_seen = batch.place.epoch * images_per_epoch + batch.place.stop
@@ -88,16 +97,24 @@ def train(
 
 
 class Window:
-    """What a rank has summed up since its last report."""
+    """What a rank has summed up since its last report; retries count from before the first batch was asked for."""
 
     def __init__(
-        self, worker: Worker, attempt: str, *, started_at_images: int, dims_per_image: int, notes: Iterable[str]
+        self,
+        worker: Worker,
+        attempt: str,
+        *,
+        started_at_images: int,
+        dims_per_image: int,
+        notes: Iterable[str],
+        retries_before: Counter[str],
     ) -> None:
         self._worker, self._attempt, self._started_at_images = worker, attempt, started_at_images
         self._totals = RunningTotals(dims_per_image=dims_per_image, device=worker.device)
         self._objective_nats = torch.zeros((), dtype=torch.float64, device=worker.device)
         self._notes = list(notes)
         self._told = set[str]()
+        self._retries = retries_before
         self.restart()
 
     def restart(self) -> None:
@@ -105,7 +122,6 @@ class Window:
         self._objective_nats.zero_()
         self._ids_digest = 0
         self._missing_images = 0
-        self._retries_before = retries_so_far()
         self._began = time.perf_counter()
         self._waited_seconds = 0.0
 
@@ -132,6 +148,8 @@ class Window:
     def report(self, images_seen: int, *, learning_rate: float = 0.0) -> Report:
         """The sums so far, and the notes since the last report; waits for the device."""
         notes, self._notes = self._notes, []
+        retries = retries_so_far()
+        new_retries, self._retries = retries - self._retries, retries
         return Report(
             images_seen=images_seen,
             attempt=self._attempt,
@@ -145,7 +163,7 @@ class Window:
             seconds=time.perf_counter() - self._began,
             data_wait_seconds=self._waited_seconds,
             missing_images=self._missing_images,
-            retries=dict(retries_so_far() - self._retries_before),
+            retries=dict(new_retries),
             notes=tuple(notes),
         )
 
