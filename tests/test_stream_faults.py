@@ -139,7 +139,7 @@ SURVIVED: dict[str, tuple[Rule, str | None]] = {
     "blackhole once": ({"fault": "blackhole", "skip": 4, "count": 1}, NO_ANSWER),
     "blackhole in 5 %": ({"fault": "blackhole", "chance": 0.05}, NO_ANSWER),
     "truncated once": ({"fault": "short_length", "at": 1000, "path": SHARD, "count": 1}, "short reply"),
-    "flipped byte once": ({"fault": "corrupt", "at": 1000, "path": SHARD, "count": 1}, None),
+    "flipped byte once": ({"fault": "corrupt", "at": 1000, "path": SHARD, "count": 1}, "damaged bytes"),
     "latency below the time-out": ({"fault": "delay", "seconds": 0.5, "count": 40}, None),
     "latency above the time-out": ({"fault": "delay", "seconds": 2.5, "skip": 4, "count": 8}, NO_ANSWER),
 }
