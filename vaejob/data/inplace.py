@@ -20,13 +20,12 @@ from vaejob.data.foreign import Footer, footer_of, parquet_images
 from vaejob.data.manifest import MANIFEST_KEY, Shard, read_manifest
 from vaejob.data.shards import Images
 from vaejob.data.sources.content import Content
-from vaejob.data.sources.parquet import open_parquet
-from vaejob.data.sources.probe import footer_size, safe_metadata
+from vaejob.data.sources.parquet import open_parquet, read_footer, rows_of_groups
+from vaejob.data.sources.probe import safe_metadata
 from vaejob.errors import DataError
 from vaejob.storage import open_bucket, split_address
 
 _PIECE_BYTES = 8 << 20
-_TAIL_BYTES = 64 << 10  # holds most footers
 _IMAGES_PER_TASK = 32
 _MOST_BYTES = 2**32 - 1  # of a row group: what ROW_GROUP can say
 
@@ -111,21 +110,16 @@ def _other_shape(name: str, found: tuple[int, ...], first: tuple[int, int, int])
 
 def _footer(content: Content) -> tuple[bytes, pq.FileMetaData]:
     """A file's last bytes, from its footer on, and what they say. Raises DataError if it is no complete Parquet file."""
-    tail = content.read_once(max(0, content.size - _TAIL_BYTES), content.size)
-    size = footer_size(content.address, tail, file_size=content.size)
-    end = tail[-size:] if size <= len(tail) else content.read_once(content.size - size, content.size)
+    end = read_footer(content)
     return end, safe_metadata(content.address, end)
 
 
 def count_rows(content: Content) -> int:
     _, metadata = _footer(content)
-    groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    if min(groups, default=0) < 0 or not sum(groups) == metadata.num_rows <= content.size:
-        rows = f"its footer says that {metadata.num_rows} rows are in {content.size} bytes"
-        raise DataError(f"{content.address} is no complete Parquet file: {rows}")
-    if metadata.num_rows == 0:
+    rows = sum(rows_of_groups(content, metadata))
+    if rows == 0:
         raise DataError(f"{content.address} has no rows; delete it, or name the others by a pattern")
-    return int(metadata.num_rows)
+    return rows
 
 
 def find_kind(content: Content, *, column: str | None) -> Kind:

@@ -68,7 +68,7 @@ class ParquetSource(Reopened):
         return column.field("bytes") if pa.types.is_struct(column.type) else column
 
     def _read_metadata(self) -> pq.FileMetaData:
-        footer = _read_footer(self.content)
+        footer = read_footer(self.content)
         if hashlib.sha256(footer).hexdigest() != self.footer_sha256:
             raise DataError(f"{self.content.address} was changed since it was listed: its footer is another")
         return parsed(footer)
@@ -77,20 +77,27 @@ class ParquetSource(Reopened):
 def open_parquet(address: str, *, column: str | None = None, version: str | None = None) -> ParquetSource:
     """A Parquet file; its column of images is found by its name or type where `column` does not name it."""
     content = open_content(address, version)
-    footer = _read_footer(content)
+    footer = read_footer(content)
     metadata = safe_metadata(address, footer)
     schema = metadata.schema.to_arrow_schema()
     chosen = _image_column(address, schema, column=column)
     path = f"{chosen}.bytes" if pa.types.is_struct(schema.field(chosen).type) else chosen
-    group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if min(group_rows, default=0) < 0 or not sum(group_rows) == metadata.num_rows <= content.size:
-        rows = f"its footer says that {metadata.num_rows} rows are in {content.size} bytes"
-        raise DataError(f"{address} is no complete Parquet file: {rows}")
+    group_rows = rows_of_groups(content, metadata)
     description = f"parquet {address} (column {chosen}): {metadata.num_rows} images"
     return ParquetSource(content, path, group_rows, hashlib.sha256(footer).hexdigest(), description)
 
 
-def _read_footer(content: Content) -> bytes:
+def rows_of_groups(content: Content, metadata: pq.FileMetaData) -> list[int]:
+    """Rows of each row group. Raises DataError for a footer that claims more than the file can hold."""
+    group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(group_rows, default=0) < 0 or not sum(group_rows) == metadata.num_rows <= content.size:
+        rows = f"its footer says that {metadata.num_rows} rows are in {content.size} bytes"
+        raise DataError(f"{content.address} is no complete Parquet file: {rows}")
+    return group_rows
+
+
+def read_footer(content: Content) -> bytes:
+    """A file's last bytes, from its footer on. Raises DataError if they are those of no Parquet file."""
     tail = content.read_once(max(0, content.size - _TAIL_BYTES), content.size)
     size = footer_size(content.address, tail, file_size=content.size)
     return tail[-size:] if size <= len(tail) else content.read_once(content.size - size, content.size)
