@@ -32,6 +32,7 @@ BATCHES_PLANNED = 64
 BATCHES_IN_DECODING = 2
 IMAGES_PER_TASK = 16
 SMALL_IMAGE_BYTES = 3 * 64 * 64
+"""Up to here the reading thread decodes by itself: more threads would mostly hand the interpreter's lock to one another."""
 
 
 class Read(NamedTuple, Generic[Tag]):
@@ -54,6 +55,7 @@ class RowGroupReader:
         self._groups_held = groups_held
         self._skip_damaged = skip_damaged
         self._raw = groups.manifest.encoding == "raw"
+        self._small = groups.manifest.dims <= SMALL_IMAGE_BYTES
 
     def batches(self, plan: Iterable[tuple[Tag, np.ndarray]], *, prefetch: int) -> Iterator[Read[Tag]]:
         """The images of each (tag, ids) of the plan, in its order; ids ascend within each.
@@ -67,7 +69,7 @@ class RowGroupReader:
         """Fetches far ahead, decodes a little ahead; gives a batch as soon as it is whole."""
         decoding = deque[_Assembling[Tag]]()
         fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-        decoders = ThreadPoolExecutor(self._decode_threads(), thread_name_prefix="decode")
+        decoders = ThreadPoolExecutor(_cores(), thread_name_prefix="decode")
         try:
             with closing(self._fetched_ahead(plan, fetchers)) as planned:
                 for batch in planned:
@@ -135,6 +137,9 @@ class RowGroupReader:
             if isinstance(images, np.ndarray):
                 images.take(rows, 0, flat[start:end], "clip")  # rows are in range: no second copy
                 continue
+            if self._small:
+                work.leave_out_damaged(start, self._decode(group, images, rows.tolist(), pixels[start:]))
+                continue
             for first in range(0, len(rows), IMAGES_PER_TASK):
                 some = rows[first : first + IMAGES_PER_TASK].tolist()
                 task = decoders.submit(self._decode, group, images, some, pixels[start + first :])
@@ -153,10 +158,6 @@ class RowGroupReader:
             except DataError as error:
                 damaged[place] = self._refused(error)
         return damaged
-
-    def _decode_threads(self) -> int:
-        """Of small images, several threads would do little but hand the interpreter's lock to one another."""
-        return 1 if self._groups.manifest.dims <= SMALL_IMAGE_BYTES else _cores()
 
     def _refused(self, error: DataError) -> str:
         if not self._skip_damaged:
@@ -214,10 +215,14 @@ class _Assembling(Generic[Tag]):
         self.damaged += places
         self.skipped.append(why)
 
+    def leave_out_damaged(self, start: int, damaged: dict[int, str]) -> None:
+        """Those images of a task that begins at this place, as `_decode` tells them."""
+        for place, why in damaged.items():
+            self.leave_out([start + place], why)
+
     def finish(self) -> Read[Tag]:
         for start, task in self.tasks:
-            for place, why in task.result().items():
-                self.leave_out([start + place], why)
+            self.leave_out_damaged(start, task.result())
         ids, images = self.batch.ids, self.images
         if self.damaged:
             whole = np.setdiff1d(np.arange(len(ids)), self.damaged)
