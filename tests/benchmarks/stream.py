@@ -56,6 +56,7 @@ def main() -> None:
             loaders=options.loaders,
             rounds=options.rounds,
             worker_rounds=options.rounds if options.worker_rounds is None else options.worker_rounds,
+            slow_workers=options.all,
             grown_from=options.cifar,
         )
         findings.machine = machine_lines(findings.servers, rounds=options.rounds, grown_from=options.cifar)
@@ -73,7 +74,7 @@ def parse_options() -> argparse.Namespace:
     arguments.add_argument("--quick", action="store_true", help="fewer images")
     arguments.add_argument("--only", choices=CASES, help="one case")
     arguments.add_argument("--loaders", nargs="+", choices=LOADERS, help="default: all but those that take minutes")
-    arguments.add_argument("--all", action="store_true", help="also those that take minutes")
+    arguments.add_argument("--all", action="store_true", help="also those that take minutes, alone or with workers")
     arguments.add_argument("--cifar", metavar="ADDRESS", help="images to grow the cases from; default: random fields")
     arguments.add_argument("--json", type=Path, help="a file for every single pass")
     arguments.add_argument("--readme", action="store_true", help="write the tables into README.md, between its markers")

@@ -4,8 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from queue import Empty, Queue
+from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
 
 Item = TypeVar("Item")
@@ -32,34 +31,34 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, thre
 
 def in_background(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
     """The same items, made by a thread of their own at most `depth` ahead; so is the exception that ends them."""
-    made = Queue[Item | _Ended](maxsize=depth)
+    made = SimpleQueue[Item | _Ended]()
+    room = threading.Semaphore(depth)
     closed = threading.Event()
 
     def work() -> None:
         ended = _Ended(None)
         try:
             for item in items:
-                made.put(item)
+                room.acquire()
                 if closed.is_set():
                     break
+                made.put(item)
         except BaseException as error:
             ended = _Ended(error)
         finally:
             items.close()
-        if not closed.is_set():
-            made.put(ended)
+        made.put(ended)
 
     threading.Thread(target=work, name="read-ahead", daemon=True).start()
     try:
         while not isinstance(item := made.get(), _Ended):
+            room.release()
             yield item
         if item.error is not None:
             raise item.error
     finally:
         closed.set()
-        with suppress(Empty):  # the thread may be waiting for room
-            while True:
-                made.get_nowait()
+        room.release()
 
 
 class _Ended(NamedTuple):

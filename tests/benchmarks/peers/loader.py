@@ -58,6 +58,8 @@ class About:
     """Whether it can start inside an epoch."""
     is_slow: bool = False
     """Whether a pass takes minutes."""
+    workers_are_slow: bool = False
+    """Whether a pass with workers does."""
 
 
 OURS = "ours"
@@ -65,7 +67,7 @@ FLOOR = "plain"
 LOADERS = {
     OURS: About(warm="copy", resumes=True),
     "mosaicml": About(warm="cache", resumes=True),
-    "litdata": About(warm="cache", resumes=True),
+    "litdata": About(warm="cache", resumes=True, workers_are_slow=True),
     "webdataset": About(warm="copy", resumes=False),
     "huggingface": About(warm="copy", resumes=True),
     "ray": About(warm="copy", resumes=False, is_slow=True),

@@ -23,6 +23,7 @@ def run_case(
     loaders: Sequence[str],
     rounds: int,
     worker_rounds: int,
+    slow_workers: bool,
     grown_from: str | None,
 ) -> None:
     """Adds what it finds to the findings; the passes with workers are run in the first rounds alone. A server for each case, since it holds its objects in memory."""
@@ -33,11 +34,12 @@ def run_case(
         findings.servers.add(kind)
         stage = Stage(case=case, folder=Path(folder), server=server)
         stage.make(grown_from=grown_from)
+        alone = () if slow_workers else tuple(loader for loader in loaders if LOADERS[loader].workers_are_slow)
         for loader in loaders:
-            write_and_check(stage, name, loader, findings, with_workers=worker_rounds > 0)
+            write_and_check(stage, name, loader, findings, with_workers=worker_rounds > 0 and loader not in alone)
         for turn in range(rounds):
             settings = [setting for setting in (*PASSES, RESUME) if turn < worker_rounds or not setting.workers]
-            run_round(stage, name, findings, loaders=loaders, turn=turn, settings=settings)
+            run_round(stage, name, findings, loaders=loaders, alone=alone, turn=turn, settings=settings)
 
 
 def write_and_check(stage: Stage, case: str, loader: str, findings: Findings, *, with_workers: bool) -> None:
@@ -63,11 +65,19 @@ def write_and_check(stage: Stage, case: str, loader: str, findings: Findings, *,
 
 
 def run_round(
-    stage: Stage, case: str, findings: Findings, *, loaders: Sequence[str], turn: int, settings: Sequence[Setting]
+    stage: Stage,
+    case: str,
+    findings: Findings,
+    *,
+    loaders: Sequence[str],
+    alone: Sequence[str],
+    turn: int,
+    settings: Sequence[Setting],
 ) -> None:
-    """Every loader once in each setting, in an order of this round."""
+    """Every loader once in each setting, in an order of this round; those in `alone` without workers only."""
     for setting in settings:
         chosen = [each for each in loaders if setting != RESUME or LOADERS[each].resumes]
+        chosen = [each for each in chosen if not (setting.workers and each in alone)]
         chosen += CEILINGS if setting in (COLD, WARM) and OURS in loaders else []
         random.Random(f"{turn} {setting}").shuffle(chosen)
         for loader in chosen:
