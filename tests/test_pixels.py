@@ -7,16 +7,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_ndtr
 from torch.nn import functional as F
 
 from vaejob.config import LikelihoodConfig
 from vaejob.errors import ConfigError
-from vaejob.likelihood.pixels import Bernoulli, DiscretizedLogistic, check_total_mass, make_pixels, total_mass
+from vaejob.likelihood.pixels import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedGaussian,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    GaussianDensity,
+    check_total_mass,
+    make_pixels,
+    total_mass,
+)
 from vaejob.likelihood.units import bits_per_dim, nats_per_bit_per_dim
 from vaejob.model.noise import Noise, image_noise
 
 WILD = st.floats(-1.5, 1.5, width=32) | st.floats(-60, 60, width=32)
-MODELS = [Bernoulli(), *(DiscretizedLogistic(bits=bits) for bits in range(1, 9))]
+MIXTURES = [DiscretizedLogisticMixture(bits=bits, components=3) for bits in range(1, 9)]
+MODELS = [
+    Bernoulli(),
+    *(kind(bits=bits) for bits in range(1, 9) for kind in (DiscretizedLogistic, DiscretizedGaussian)),
+    *MIXTURES,
+    *(Categorical(bits=bits) for bits in (1, 3, 5)),
+]
+DENSITIES = [kind(bits=bits) for bits in (1, 5, 8) for kind in (ContinuousBernoulli, GaussianDensity)]
 
 
 def noise(images: int, **settings) -> Noise:
@@ -74,13 +93,13 @@ def test_logistic_equals_brute_force(bits, data, mean, log_scale):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_pixel_probabilities_sum_to_one(pixels, data):
-    row = st.lists(WILD, min_size=pixels.parameters_per_channel, max_size=pixels.parameters_per_channel)
-    parameters = torch.tensor(data.draw(st.lists(row, min_size=1)))
+    row = st.lists(WILD, min_size=pixels.parameters(1), max_size=pixels.parameters(1))
+    parameters = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=5)))
     mass = total_mass(pixels, parameters.view(len(parameters), -1, 1, 1))
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pixels", MODELS, ids=repr)
+@pytest.mark.parametrize("pixels", [*MODELS, *DENSITIES], ids=repr)
 def test_start_up_check_passes_for_each_model(pixels):
     check_total_mass(pixels)
 
@@ -119,11 +138,11 @@ def test_bernoulli_equals_cross_entropy():
     torch.testing.assert_close(Bernoulli().log_prob(logits, levels), -exact.float())
 
 
-@pytest.mark.parametrize("pixels", MODELS, ids=repr)
+@pytest.mark.parametrize("pixels", [*MODELS, *DENSITIES], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_finite_and_nats_are_float32(pixels, dtype):
     edges = torch.tensor([-1e4, -80.0, -7.0, -1.0, 0.0, 1.0, 7.0, 80.0, 1e4])
-    grid = torch.cartesian_prod(edges, edges).view(-1, 2, 1, 1)[:, : pixels.parameters_per_channel]
+    grid = torch.cartesian_prod(edges, edges).repeat(1, pixels.parameters(1))[:, : pixels.parameters(1), None, None]
     for j in {0, 1, pixels.levels // 2, pixels.levels - 1}:
         parameters = grid.to(dtype).requires_grad_()
         nats = pixels.log_prob(parameters, torch.full((len(grid), 1, 1, 1), j, dtype=torch.uint8))
@@ -211,6 +230,11 @@ def test_training_starts_at_the_mean_of_the_pixels():
         ({"pixels": "bernoulli", "bits": 1}, 2),
         ({"pixels": "discretized-logistic", "bits": 5}, 32),
         ({"pixels": "discretized-logistic"}, 256),
+        ({"pixels": "discretized-logistic-mixture", "components": 4}, 256),
+        ({"pixels": "discretized-gaussian", "bits": 3}, 8),
+        ({"pixels": "categorical", "bits": 2}, 4),
+        ({"pixels": "gaussian"}, 256),
+        ({"pixels": "continuous-bernoulli"}, 256),
     ],
 )
 def test_configuration_chooses_the_model(settings, levels):
@@ -221,3 +245,117 @@ def test_uniform_mass_is_as_many_bits_as_the_pixels_have():
     assert bits_per_dim(3072 * math.log(256), 3072) == pytest.approx(8)
     assert nats_per_bit_per_dim(784) == pytest.approx(543.43, abs=0.005)
     assert nats_per_bit_per_dim(3072) == pytest.approx(2129.35, abs=0.005)
+
+
+def test_mixture_sums_to_one_jointly_over_rgb():
+    pixels = DiscretizedLogisticMixture(bits=2, components=3)
+    parameters = torch.randn(6, pixels.parameters(3), 1, 1, generator=torch.Generator().manual_seed(2)) * 2
+    rgb = torch.cartesian_prod(*[torch.arange(4, dtype=torch.uint8)] * 3)[:, :, None, None]
+    for one in parameters.split(1):
+        mass = pixels.log_prob(one.expand(64, -1, -1, -1), rgb).double().exp().sum()
+        assert mass.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_mixture_equals_its_definition_in_rgb():
+    pixels = DiscretizedLogisticMixture(bits=5, components=2)
+    p = torch.randn(1, 20, 1, 1, generator=torch.Generator().manual_seed(3))
+    levels = torch.tensor([3, 20, 31], dtype=torch.uint8)
+    w, (mean, log_scale, k) = p[0, :2, 0, 0].double().log_softmax(0), p[0, 2:, 0, 0].double().view(3, 2, 3)
+    x, k, each = levels.double() * 2 / 31 - 1, k.tanh(), []
+    for m in range(2):
+        means = (
+            mean[m, 0],
+            mean[m, 1] + k[m, 0] * x[0],
+            mean[m, 2] + k[m, 1] * x[0] + k[m, 2] * x[1],
+        )
+        nats = [exact_log_mass(int(levels[c]), float(means[c]), float(log_scale[m, c]), levels=32) for c in range(3)]
+        each.append(w[m] + sum(nats))
+    expected = torch.stack(each).logsumexp(0).item()
+    assert pixels.log_prob(p, levels.view(1, 3, 1, 1)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mixture_of_one_is_the_logistic(channels):
+    generator = torch.Generator().manual_seed(4)
+    p = torch.randn(5, 2 * channels, 2, 2, generator=generator)
+    levels = torch.randint(0, 256, (5, channels, 2, 2), generator=generator, dtype=torch.uint8)
+    mixture = DiscretizedLogisticMixture(components=1)
+    padded = torch.cat((torch.randn(5, 1, 2, 2), p, torch.zeros(5, 3 if channels == 3 else 0, 2, 2)), 1)
+    single = DiscretizedLogistic()
+    torch.testing.assert_close(mixture.log_prob(padded, levels), single.log_prob(p, levels), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mixture.mean(padded), single.mean(p))
+    assert torch.equal(mixture.sample(padded, noise(5)), single.sample(p, noise(5)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 8), st.data(), st.floats(-3, 3, width=32), st.floats(-7, 5, width=32))
+def test_discretized_gaussian_equals_float64(bits, data, mean, log_scale):
+    pixels = DiscretizedGaussian(bits=bits)
+    j, top = data.draw(st.integers(0, pixels.levels - 1)), pixels.levels - 1
+    scale, x = math.exp(log_scale), 2 * j / top - 1
+    low, high = (x - 1 / top - mean) / scale, (x + 1 / top - mean) / scale
+    if abs(low + high) < 8 and high - low < 0.05:  # a Taylor series where even float64 cancels
+        m, w = (low + high) / 2, high - low
+        inside = -m * m / 2 - 0.5 * math.log(2 * math.pi) + math.log(w) + math.log1p((m * m - 1) * w * w / 24)
+    else:
+        a, b = sorted((abs(low), abs(high))) if low * high > 0 else (low, high)
+        a, b = (-b, -a) if low * high > 0 else (a, b)
+        inside = float(log_ndtr(b) + np.log1p(-np.exp(log_ndtr(a) - log_ndtr(b))))
+    exact = log_ndtr(high) if j == 0 else log_ndtr(-low) if j == top else inside
+    found = pixels.log_prob(one_pixel(mean, log_scale), level(j)).item()
+    # Nats change by |z| dz, and float32 knows z to 2^-22 / scale.
+    slack = 1e-6 / scale * max(abs(low), abs(high), 1)
+    assert found == pytest.approx(float(exact), rel=1e-5, abs=2e-5 + slack)
+
+
+@pytest.mark.parametrize("pixels", DENSITIES, ids=repr)
+def test_densities_integrate_to_one(pixels):
+    parameters = torch.randn(50, pixels.parameters(1), 1, 1, generator=torch.Generator().manual_seed(5)) * 3
+    mass = total_mass(pixels, parameters)
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("logit", [-60, -3, -0.61, -0.59, -1e-3, 0, 1e-6, 0.5, 0.7, 20, 80])
+@pytest.mark.parametrize("j", [0, 77, 255])
+def test_continuous_bernoulli_equals_its_closed_form(logit, j):
+    exact = logit * j / 255 + (math.log(logit / math.expm1(logit)) if logit else 0)
+    assert ContinuousBernoulli().log_prob(one_pixel(logit), level(j)).item() == pytest.approx(exact, rel=1e-5, abs=1e-6)
+    mean = 0.5 + logit / 12 if abs(logit) < 1e-2 else 1 / -math.expm1(-logit) - 1 / logit
+    assert ContinuousBernoulli().mean(one_pixel(logit)).item() == pytest.approx(mean, abs=1e-6)
+
+
+def test_gaussian_density_stops_at_half_a_grey_level():
+    nats = GaussianDensity().log_prob(one_pixel(100 / 255, -50.0), level(100)).item()
+    assert nats == pytest.approx(-math.log(0.5 / 255) - 0.5 * math.log(2 * math.pi), rel=1e-6)
+    assert GaussianDensity().density_bits_correction == math.log2(255)
+
+
+@pytest.mark.parametrize("pixels", [*MODELS, *DENSITIES], ids=repr)
+def test_bfloat16_parameters_are_widened_first(pixels):
+    narrow = torch.randn(4, pixels.parameters(1), 2, 2, generator=torch.Generator().manual_seed(6)).bfloat16()
+    levels = torch.randint(0, pixels.levels, (4, 1, 2, 2), dtype=torch.uint8)
+    assert torch.equal(pixels.log_prob(narrow, levels), pixels.log_prob(narrow.float(), levels))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [Categorical(bits=3), DiscretizedGaussian(bits=4), DiscretizedLogisticMixture(bits=4, components=3)],
+    ids=repr,
+)
+def test_samples_and_mean_follow_log_prob(pixels):
+    images = 40_000
+    one = torch.randn(1, pixels.parameters(1), 1, 1, generator=torch.Generator().manual_seed(7))
+    every = torch.arange(pixels.levels, dtype=torch.uint8).view(-1, 1, 1, 1)
+    mass = pixels.log_prob(one.expand(len(every), -1, -1, -1), every).exp()
+    drawn = pixels.sample(one.expand(images, -1, -1, -1), noise(images)).flatten().long()
+    found = torch.bincount(drawn, minlength=pixels.levels) / images
+    assert ((found - mass).abs() <= 5 * (mass / images).sqrt() + 5 / images).all()
+    expected = (mass * torch.arange(pixels.levels)).sum() / (pixels.levels - 1)
+    assert pixels.mean(one).item() == pytest.approx(expected.item(), abs=2e-5)
+
+
+def test_narrow_logistics_do_not_fall_back_to_a_density():
+    """PixelCNN++ gives -19.78 at log scale -7, next to the mean's bin."""
+    exact = [exact_log_mass(j, 0.0, -7.0, levels=256) for j in (125, 126, 127, 128, 129)]
+    found = [DiscretizedLogistic().log_prob(one_pixel(0.0, -7.0), level(j)).item() for j in (125, 126, 127, 128, 129)]
+    assert found == pytest.approx(exact, rel=1e-4)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.test_bounds import GaussianDensity, TwoLayers, noise, pictures
 from vaejob.config import ObjectiveConfig, OptimizerConfig, parse_config
+from vaejob.likelihood.bounds import NegativeELBO, importance_bound
 from vaejob.training.schedule import beta, crosses, due, learning_rate
-from vaejob.training.step import make_optimizer, make_scorer, train_step
+from vaejob.training.step import make_optimizer, make_scorer, train_step, training_noise
 
 JOB = parse_config(
     """
@@ -30,8 +33,11 @@ IDS = np.array([11, 5, 300])
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 4), dtype=np.uint8)
 
 
-def weights_after_two_steps(first: int, end: int, *, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
+def weights_after_two_steps(
+    first: int, end: int, *, world_size: int = 1, settings: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Weights of a rank that holds images [first, end) of both batches."""
+    job = JOB.model_copy(update={"objective": ObjectiveConfig(**settings or {})})
     torch.set_num_threads(1)
     scorer = make_scorer(JOB, shape=(1, 4, 4))
     model: nn.Module = scorer
@@ -44,7 +50,7 @@ def weights_after_two_steps(first: int, end: int, *, rank: int = 0, world_size: 
             optimizer,
             torch.from_numpy(IMAGES[first:end]),
             IDS[first:end],
-            job=JOB,
+            job=job,
             pixels=scorer.pixels,
             epoch=epoch,
             beta=0.5,
@@ -54,12 +60,12 @@ def weights_after_two_steps(first: int, end: int, *, rank: int = 0, world_size: 
     return scorer.state_dict()
 
 
-def one_rank(rank: int, world_size: int, folder: str) -> None:
+def one_rank(rank: int, world_size: int, folder: str, settings: dict[str, Any] | None = None) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size
     )
     cuts = {2: [0, 1, 3], 5: [0, 0, 1, 2, 3, 3]}[world_size]  # unequal parts, and ranks that hold nothing
-    weights = weights_after_two_steps(cuts[rank], cuts[rank + 1], rank=rank, world_size=world_size)
+    weights = weights_after_two_steps(cuts[rank], cuts[rank + 1], world_size=world_size, settings=settings)
     torch.save(weights, Path(folder) / f"{world_size}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -72,6 +78,58 @@ def test_unequal_and_empty_parts_move_the_weights_like_one_rank(world_size: int,
         split = torch.load(tmp_path / f"{world_size}-{rank}.pt", weights_only=True)
         for name, weight in whole.items():
             torch.testing.assert_close(split[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_several_codes_move_the_weights_alike_on_one_rank_or_more(tmp_path: Path) -> None:
+    settings = {"bound": "iwae", "samples": 3, "gradient": "dreg"}
+    torch.multiprocessing.spawn(one_rank, args=(2, str(tmp_path), settings), nprocs=2)
+    whole, one_code = weights_after_two_steps(0, 3, settings=settings), weights_after_two_steps(0, 3)
+    assert not torch.equal(whole["vae.output.weight"], one_code["vae.output.weight"])
+    for rank in range(2):
+        split = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        for name, weight in whole.items():
+            torch.testing.assert_close(split[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_in_several_layers_survives_ddp(tmp_path: Path) -> None:
+    """Its derivatives by the codes are taken before DDP hears of a backward pass."""
+    config = ObjectiveConfig(bound="iwae", samples=4, gradient="dreg")
+
+    def gradients(model: nn.Module) -> list[torch.Tensor]:
+        for _ in range(2):  # DDP learns a static graph in the first pass
+            model.zero_grad()
+            model(pictures(), noise(5).keys, config).negative_bound.sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = gradients(NegativeELBO(TwoLayers(), GaussianDensity()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        scorer = NegativeELBO(TwoLayers(), GaussianDensity())
+        wrapped = gradients(
+            nn.parallel.DistributedDataParallel(scorer, gradient_as_bucket_view=True, static_graph=True)
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(plain) == 4
+    torch.testing.assert_close(wrapped, plain)
+
+
+@pytest.mark.parametrize("gradient", ["standard", "dreg"])
+def test_a_step_reports_the_bound_it_trained(gradient: str) -> None:
+    objective = ObjectiveConfig(bound="iwae", samples=6, gradient=gradient)
+    job = JOB.model_copy(update={"objective": objective})
+    scorer = make_scorer(job, shape=(1, 4, 4))
+    noise = training_noise(IDS, seed=0, epoch=0, device=torch.device("cpu"))
+    levels = scorer.pixels.to_levels(torch.from_numpy(IMAGES), noise)
+    expected = importance_bound(scorer.vae, scorer.pixels, levels, noise, samples=6).log_likelihood
+    terms = train_step(
+        scorer, make_optimizer(job.optimizer, scorer), torch.from_numpy(IMAGES), IDS,
+        job=job, pixels=scorer.pixels, epoch=0, beta=1.0, learning_rate=0.01, weight=1 / 3,
+    )  # fmt: skip
+    assert terms.bound.negative_bound is not None
+    torch.testing.assert_close(terms.bound.negative_bound, -expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms.objective_nats, terms.bound.negative_bound.sum())
+    assert not any(term.requires_grad for term in terms.bound if term is not None)
 
 
 @given(every=st.integers(1, 50), before=st.integers(0, 500), size=st.integers(1, 100))

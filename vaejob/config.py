@@ -70,25 +70,49 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The encoder and the decoder."""
 
-    family: Literal["mlp", "conv"] = "mlp"
-    """mlp: dense layers (Burda et al., 2016). conv: residual convolutions that halve the picture at each level."""
+    family: Literal["mlp", "conv", "tied", "hierarchical"] = "mlp"
+    """mlp: dense layers (Burda et al., 2016). conv: residual convolutions that halve the picture at each level.
+    tied: the decoder uses the encoder's weights, transposed. hierarchical: a ladder of codes from coarse to fine."""
     latent: int = Field(default=50, ge=1)
-    """Dimensions of the code z of one image."""
+    """mlp, conv, tied: dimensions of the code z of one image, the one nearest the pixels."""
     hidden: list[int] = Field(default=[200, 200], min_length=1)
-    """mlp: units of each hidden layer of the encoder; the decoder mirrors them."""
+    """mlp, tied: units of each hidden layer of the encoder; the decoder mirrors them."""
+    upper_latent: int = Field(default=0, ge=0)
+    """mlp: dimensions of a second code above the first; 0 for one stochastic layer."""
+    upper_hidden: list[int] = Field(default=[100, 100], min_length=1)
+    """mlp: units of each hidden layer between the two codes, in both directions."""
     activation: Literal["tanh", "relu", "gelu"] = "tanh"
-    """mlp: the non-linearity between dense layers."""
+    """mlp, tied: the non-linearity between layers."""
+    tied_layers: Literal["dense", "conv"] = "dense"
+    """tied: dense layers of model.hidden, or convolutions of model.channels that halve the picture, then a dense one."""
     channels: list[int] = Field(default=[32, 64], min_length=1)
-    """conv: channels of each level of the encoder; the decoder mirrors them."""
+    """conv, tied: channels of each level of the encoder; the decoder mirrors them."""
     blocks: int = Field(default=1, ge=1)
     """conv: residual blocks at each level."""
+    layers: str = "7x2,14x2,28x1"
+    """hierarchical: stochastic blocks at each resolution from the top down, as size x count, such as
+    1x1,4x2,8x4,16x5,32x8; the last size is the picture's."""
+    width: int = Field(default=64, ge=1)
+    """hierarchical: channels of each block."""
+    latent_channels: int = Field(default=16, ge=1)
+    """hierarchical: channels of each block's code."""
 
 
 class LikelihoodConfig(Section):
     """What a pixel is, and how probable the decoder finds it."""
 
-    pixels: Literal["bernoulli", "discretized-logistic"] = "discretized-logistic"
-    """Observation model p(x | z): bernoulli needs binary pixels; discretized-logistic gives mass to grey levels."""
+    pixels: Literal[
+        "bernoulli",
+        "continuous-bernoulli",
+        "categorical",
+        "discretized-logistic",
+        "discretized-logistic-mixture",
+        "discretized-gaussian",
+        "gaussian",
+    ] = "discretized-logistic"
+    """Observation model p(x | z): bernoulli needs binary pixels; gaussian and continuous-bernoulli are densities."""
+    components: int = Field(default=10, ge=1, le=100)
+    """discretized-logistic-mixture: logistics mixed in each pixel."""
     bits: int = Field(default=8, ge=1, le=8)
     """Grey levels per channel are 2^bits; lower bits drop the lowest digits of each 8-bit value."""
     binarize: Literal["none", "threshold", "static", "dynamic"] = "none"
@@ -99,7 +123,8 @@ class LikelihoodConfig(Section):
         if self.pixels == "bernoulli" and self.binarize == "none" and self.bits != 1:
             raise ValueError(
                 "likelihood.binarize is none with bernoulli pixels; a grey level has no Bernoulli likelihood: "
-                "choose binarize=threshold, static or dynamic, or pixels=discretized-logistic"
+                "choose binarize=threshold, static or dynamic, or pixels=discretized-logistic, discretized-logistic-mixture, "
+                "discretized-gaussian, categorical, continuous-bernoulli or gaussian"
             )
         if self.pixels != "bernoulli" and self.binarize != "none":
             raise ValueError(f"likelihood.binarize is {self.binarize} with {self.pixels} pixels; it must be none")
@@ -109,12 +134,30 @@ class LikelihoodConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised; the bound itself (beta = 1) is always reported apart."""
 
-    bound: Literal["elbo"] = "elbo"
-    """The bound on log p(x) that is trained."""
+    bound: Literal["elbo", "iwae"] = "elbo"
+    """The bound on log p(x) that is trained; iwae: the importance-weighted one (Burda et al., 2016)."""
+    samples: int = Field(default=1, ge=1)
+    """Codes drawn per image: elbo is the mean over them, iwae the logarithm of the mean of their weights."""
+    gradient: Literal["standard", "dreg"] = "standard"
+    """iwae: dreg gives the encoder the doubly reparameterised gradient (Tucker et al., 2019), which varies less."""
     kl_warmup_images: int = Field(default=0, ge=0)
     """The rate's weight grows from 0 to 1 over this many images; 0 for no warm-up."""
     free_bits_nats: float = Field(default=0.0, ge=0)
     """Nats per image of each stochastic layer's rate that the objective does not press down."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("kl_warmup_images", "free_bits_nats"):
+            if self.bound == "iwae" and getattr(self, name):
+                raise ValueError(
+                    f"objective.{name} is {getattr(self, name)} with bound=iwae, in which no rate stands apart; "
+                    "it must be 0, or objective.bound=elbo"
+                )
+        if self.gradient == "dreg" and self.bound != "iwae":
+            raise ValueError(
+                f"objective.gradient is dreg with bound={self.bound}; it must be standard, or objective.bound=iwae"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -187,6 +230,21 @@ class JobConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model.family == "tied" and self.likelihood.pixels in ("categorical", "discretized-logistic-mixture"):
+            raise ValueError(
+                f"likelihood.pixels is {self.likelihood.pixels} with model.family=tied; a transposed encoder puts out one "
+                "mean of each channel: choose another of the two"
+            )
+        if self.model.family == "mlp" and self.model.upper_latent and self.objective.free_bits_nats:
+            raise ValueError(
+                f"objective.free_bits_nats is {self.objective.free_bits_nats} with model.upper_latent="
+                f"{self.model.upper_latent}; the lower rate is known by its sample alone, of which nothing can be free: "
+                "it must be 0"
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)

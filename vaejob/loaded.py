@@ -9,14 +9,15 @@ from torch import Tensor
 
 from vaejob.config import JobConfig
 from vaejob.data.batches import DataSet
+from vaejob.errors import RunError
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound
-from vaejob.metrics import LikelihoodTotals
+from vaejob.metrics import LayerTotals, LikelihoodTotals
 from vaejob.model.gaussian import Gaussian
 from vaejob.model.noise import Noise, image_noise
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Record, choose_record, read_job
 from vaejob.training.checkpoint import load_state, read_state
-from vaejob.training.evaluate import evaluate
+from vaejob.training.evaluate import evaluate, layer_diagnostics
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
 
 
@@ -32,14 +33,23 @@ class LoadedModel:
 
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B C H W"] | np.ndarray, ids: np.ndarray | None = None) -> Gaussian:
-        """The approximate posterior q(z | x) of each image: mean and log standard deviation."""
+        """The approximate posterior q(z | x) of each image: mean and log standard deviation; of two layers the lower.
+
+        Raises RunError for a ladder of codes, of which only the top one depends on the image alone.
+        """
+        self._refuse_ladder()
         levels, _ = self._levels(images, ids)
         return self.scorer.vae.encode(self.scorer.pixels.to_inputs(levels))
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "B Z"]) -> Float[Tensor, "B C H W"]:
-        """The mean picture of each code, in [0, 1]."""
+        """The mean picture of each code, in [0, 1]. Raises RunError where a picture has codes at several sizes."""
+        self._refuse_ladder()
         return self.scorer.pixels.mean(self.scorer.vae.decode(z.to(self.device)))
+
+    def _refuse_ladder(self) -> None:
+        if self.job.model.family == "hierarchical":
+            raise RunError(f"{self.address} has codes of several sizes for each image; use reconstruct or sample")
 
     @torch.no_grad()
     def sample(self, count: int, *, seed: int = 0, mean: bool = False) -> UInt8[Tensor, "B C H W"]:
@@ -73,7 +83,7 @@ class LoadedModel:
         return importance_bound(self.scorer.vae, self.scorer.pixels, levels, noise, samples=samples).log_likelihood
 
     def evaluate(self, data: DataSet, *, samples: int = 1, rank: int = 0, world_size: int = 1) -> LikelihoodTotals:
-        """Totals over a data set, or over one of world_size parts of it, each image once."""
+        """Totals over a data set, or over one of world_size parts of it, each image once; weights() tells of K > 1 samples."""
         blocks = data.evaluation_blocks(rank=rank, world_size=world_size)
         return evaluate(
             self.scorer,
@@ -83,6 +93,11 @@ class LoadedModel:
             device=self.device,
             samples=samples,
         )
+
+    def layer_diagnostics(self, data: DataSet, *, rank: int = 0, world_size: int = 1) -> LayerTotals:
+        """Rate and active units of each stochastic layer over a data set, or over one of world_size parts of it."""
+        blocks = data.evaluation_blocks(rank=rank, world_size=world_size)
+        return layer_diagnostics(self.scorer, blocks, config=self.job.likelihood, device=self.device)
 
     def _levels(self, images: Tensor | np.ndarray, ids: np.ndarray | None) -> tuple[Tensor, Noise]:
         images = torch.as_tensor(images, device=self.device)

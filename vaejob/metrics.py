@@ -3,23 +3,34 @@
 Each image's nats are rounded to a multiple of 2^-16, and their square is carried as a multiple of 2^12 plus the
 remainder, rounded to a multiple of 2^-16. Sums of such multiples are exact in float64 below 2^37 nats (10^7 images of
 10^4 nats) and for any square up to 2^26 images, so addition is associative and no order changes a digit.
+What is known of importance weights and of codes is rounded likewise, to units of its own.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vaejob.likelihood.bounds import BoundTerms
 from vaejob.likelihood.units import bits_per_dim
+from vaejob.model.vae import Layer
+
+ACTIVE_VARIANCE = 0.01
+COLLAPSED_NATS = 0.01
 
 _GRID = 2.0**-16
 _COARSE = 2.0**12
+_FINE = 2.0**-30  # 1 / ESS - 1 / K, which is at most 1
+_CODE = 2.0**-20  # a code's mean
 Quantity = Literal["distortion", "rate", "negative_bound"]
 _QUANTITIES: tuple[Quantity, ...] = ("distortion", "rate", "negative_bound")
+_OF_WEIGHTS = ("weighed_images", "effective_samples", "weight_variance", "largest_inverse_ess")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +55,19 @@ class LikelihoodTotals:
     distortion_squares_rest: float = 0.0
     rate_squares_rest: float = 0.0
     negative_bound_squares_rest: float = 0.0
+    weighed_images: int = 0
+    """Images with an IWAE bound; the four below are of their importance weights w, K of them for each image."""
+    effective_samples: float = 0.0
+    """Sum of ESS = (sum w)^2 / sum w^2, in samples."""
+    weight_variance: float = 0.0
+    """Sum of 1 / ESS - 1 / K in nats^2: by the delta method the variance of an image's bound, and twice what it lacks."""
+    largest_inverse_ess: float = 0.0
+    """Of any image: no sum, the larger of two is that of both."""
 
     def __add__(self, other: "LikelihoodTotals") -> "LikelihoodTotals":
-        return LikelihoodTotals(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        added = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        added["largest_inverse_ess"] = max(self.largest_inverse_ess, other.largest_inverse_ess)
+        return LikelihoodTotals(**added)
 
     def mean(self, name: Quantity) -> float:
         """Nats per image."""
@@ -71,14 +92,30 @@ class LikelihoodTotals:
         """Exact where all images have the same size."""
         return bits_per_dim(self.standard_error("negative_bound"), self.dims / self.images)
 
+    def weights(self) -> dict[str, float]:
+        """What the importance weights tell of the bound; empty where none were drawn, as for an ELBO."""
+        if not self.weighed_images:
+            return {}
+        self._check_divisible()
+        lacking = self.weight_variance / self.weighed_images
+        return {
+            "effective_samples": self.effective_samples / self.weighed_images,
+            "least_effective_samples": 1 / self.largest_inverse_ess,
+            # In nats per image. E[log mean w] - log p = -Var(mean w) / 2 E[w]^2 + ..., too small where ESS is small.
+            "bound_bias_nats_estimate": -lacking / 2,
+            # Of the mean over these images, from the codes drawn; the other standard errors are from the choice of images.
+            "negative_bound_nats_sampling_error": math.sqrt(lacking / self.weighed_images),
+        }
+
     def to_dict(self) -> dict[str, int | float]:
         """Plain numbers that JSON gives back exactly."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, numbers: dict[str, Any]) -> "LikelihoodTotals":
-        """Out of what to_dict gave, or of a report's row that holds other columns as well."""
-        return cls(**{f.name: numbers[f.name] for f in fields(cls)})
+        """Out of what to_dict gave, or of a report's row that holds other columns as well, or is older than the weights."""
+        unknown = {name for name in _OF_WEIGHTS if numbers.get(name) is None}
+        return cls(**{f.name: numbers[f.name] for f in fields(cls) if f.name not in unknown})
 
     def _check_divisible(self) -> None:
         if self.non_finite:
@@ -95,12 +132,25 @@ class RunningTotals:
         self._images = 0
         # Rows: nats, coarse squares, their remainders, and in each column of the last row the images left out.
         self._sums = torch.zeros(4, len(_QUANTITIES), dtype=torch.float64, device=device)
+        # As the fields of LikelihoodTotals named in _OF_WEIGHTS.
+        self._weights = torch.zeros(len(_OF_WEIGHTS), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, terms: BoundTerms, *, negative_bound: Float[Tensor, " B"] | None = None) -> None:
-        """Without another bound it is the negative ELBO, to which its two halves then add up exactly."""
+    def add(
+        self,
+        terms: BoundTerms,
+        *,
+        negative_bound: Float[Tensor, " B"] | None = None,
+        effective_samples: Float[Tensor, " B"] | None = None,
+        samples: int = 1,
+    ) -> None:
+        """Without another bound it is that of the terms: the negative ELBO, to which two halves add up exactly, or IWAE.
+
+        effective_samples is of the weights of so many samples as were drawn for the bound.
+        """
         distortion, rate = _to_grid(terms.distortion), _to_grid(terms.rate)
-        bound = distortion + rate if negative_bound is None else _to_grid(negative_bound)
+        given = terms.negative_bound if negative_bound is None else negative_bound
+        bound = distortion + rate if given is None else _to_grid(given)
         nats = torch.stack((distortion, rate, bound))
         finite = nats.isfinite().all(0)
         nats = torch.where(finite, nats, 0.0)
@@ -109,6 +159,15 @@ class RunningTotals:
         left_out = (~finite).double().expand_as(nats)
         self._sums += torch.stack((nats, coarse, _to_grid(squares - coarse), left_out)).sum(2)
         self._images += nats.shape[1]
+        if effective_samples is not None:
+            self._add_weights(effective_samples.double(), finite, samples=samples)
+
+    def _add_weights(self, ess: Float[Tensor, " B"], finite: Bool[Tensor, " B"], *, samples: int) -> None:
+        inverse = torch.where(finite, 1 / ess, 0.0)
+        lacking = torch.where(finite, _to_grid(1 / ess - 1 / samples, unit=_FINE), 0.0)
+        sums = torch.stack((finite.double(), torch.where(finite, _to_grid(ess), 0.0), lacking)).sum(1)
+        largest = torch.cat((self._weights[3:], inverse)).amax()
+        self._weights = torch.cat((self._weights[:3] + sums, largest[None]))
 
     def to_host(self) -> LikelihoodTotals:
         """Waits for the device."""
@@ -116,12 +175,81 @@ class RunningTotals:
         numbers: dict[str, Any] = {"non_finite": int(left_out[0])}
         for name, *sums in zip(_QUANTITIES, nats, squares, rests, strict=True):
             numbers |= zip((f"{name}_nats", f"{name}_squares", f"{name}_squares_rest"), sums, strict=True)
+        numbers |= zip(_OF_WEIGHTS, self._weights.tolist(), strict=True)
+        numbers["weighed_images"] = int(numbers["weighed_images"])
         return LikelihoodTotals(images=self._images, dims=self._images * self._dims_per_image, **numbers)
 
     def clear(self) -> None:
         self._images = 0
         self._sums.zero_()
+        self._weights.zero_()
 
 
-def _to_grid(nats: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    return (nats.double() / _GRID).round() * _GRID
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerTotals:
+    """What is known of each stochastic layer, the top one first; totals of workers add up. U units of a layer's code."""
+
+    images: int = 0
+    rate_nats: tuple[float, ...] = ()
+    """Sum of KL(q || p) of each layer."""
+    means: tuple[NDArray[np.float64], ...] = ()
+    """[U] for each layer: sum of m = E_q[u | x] of each unit u, the mean over draws of the layers it is given."""
+    products: tuple[NDArray[np.float64], ...] = ()
+    """[U] for each layer: sum of m * m, each factor of draws of its own, so that their noise averages out."""
+
+    def __add__(self, other: "LayerTotals") -> "LayerTotals":
+        if not (self.images and other.images):
+            return self if self.images else other
+        assert len(self.rate_nats) == len(other.rate_nats), (self, other)
+        return LayerTotals(
+            images=self.images + other.images,
+            rate_nats=tuple(a + b for a, b in zip(self.rate_nats, other.rate_nats, strict=True)),
+            means=tuple(a + b for a, b in zip(self.means, other.means, strict=True)),
+            products=tuple(a + b for a, b in zip(self.products, other.products, strict=True)),
+        )
+
+    @property
+    def rates(self) -> list[float]:
+        """Nats per image of each layer."""
+        return [nats / self.images for nats in self.rate_nats]
+
+    @property
+    def units(self) -> list[int]:
+        """Elements of each layer's code."""
+        return [len(means) for means in self.means]
+
+    @property
+    def active_units(self) -> list[int]:
+        """Units with Var_x(E_q[u | x]) > 0.01, by Burda et al.; of each layer."""
+        sums = zip(self.means, self.products, strict=True)
+        return [int((p / self.images - (m / self.images) ** 2 > ACTIVE_VARIANCE).sum()) for m, p in sums]
+
+    def collapsed(self) -> list[str]:
+        """A line for each layer that carries nothing of the image, while others may."""
+        lines = []
+        for layer, (rate, active, units) in enumerate(zip(self.rates, self.active_units, self.units, strict=True)):
+            unused = rate < COLLAPSED_NATS < max(self.rates)
+            if unused or not active:
+                lines.append(
+                    f"stochastic layer {layer + 1} of {len(self.rates)} has collapsed: "
+                    f"{rate:.4f} nats of rate per image, {active} of {units} units active"
+                )
+        return lines
+
+
+@torch.no_grad()
+def layer_totals(layers: Sequence[Layer], *, images: int, draws: int) -> LayerTotals:
+    """Of at least 2 draws for each of a batch's images, all images of the first, then of the next; waits for the device."""
+    rates, means, products = [], [], []
+    for layer in layers:
+        m = layer.posterior.mean.double().reshape(draws, images, -1 if images else 0)
+        total = m.sum(0)
+        product = (total.square() - m.square().sum(0)) / (draws * (draws - 1))  # the mean over pairs of draws
+        rates.append(_to_grid(layer.rate().view(draws, images).mean(0)).sum().item())
+        means.append(_to_grid(total / draws, unit=_CODE).sum(0).cpu().numpy())
+        products.append(_to_grid(product, unit=_CODE).sum(0).cpu().numpy())
+    return LayerTotals(images=images, rate_nats=tuple(rates), means=tuple(means), products=tuple(products))
+
+
+def _to_grid(values: Float[Tensor, " *shape"], *, unit: float = _GRID) -> Float[Tensor, " *shape"]:
+    return (values.double() / unit).round() * unit

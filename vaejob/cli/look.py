@@ -132,10 +132,12 @@ def _say_newest(run: "Overview", split: str) -> None:
         return
     totals = LikelihoodTotals.from_dict(row)
     say(f"\n{'trained on' if split == 'train' else 'held out'}, at {row['images_seen']:,} images")
-    samples = 1 if split == "train" else run.job.training.evaluate_samples
+    goal = run.job.objective
+    trained = goal.samples if goal.bound == "iwae" else 1
+    samples = trained if split == "train" else run.job.training.evaluate_samples
     _, data, fingerprint = next((found for found in data_sets(run) if found[0] == split), (split, "unknown", None))
     say(f"  {what_it_is_of(run.job, totals, samples=samples, data=data, fingerprint=fingerprint or 'unknown')}")
-    say(f"  {bits_and_nats(totals)}")
+    say(f"  {bits_and_nats(totals, run.job.likelihood)}")
     if row["seconds"]:
         workers = f"{row['world_size']} worker{'s' if row['world_size'] > 1 else ''}"
         waited = row["data_wait_seconds"] / row["seconds"]
@@ -153,7 +155,7 @@ def _bound(run: "Overview", record: "Record") -> str:
     totals, samples = held_out_totals(record), run.job.training.evaluate_samples
     assert totals is not None
     name = "-ELBO" if samples == 1 else f"-IWAE-{samples}"
-    return bits_and_nats(totals).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
+    return bits_and_nats(totals, run.job.likelihood).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
 
 
 def _ago(then: datetime) -> str:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from vaejob.config import JobConfig
+from vaejob.cli.terminal import density_bits
+from vaejob.config import JobConfig, LikelihoodConfig
 from vaejob.data.batches import open_data
 from vaejob.errors import CheckpointError, VaejobError
 from vaejob.likelihood.units import bits_per_dim
@@ -90,12 +91,14 @@ def training_images(overview: Overview) -> int | None:
     return None if changed else manifest.images
 
 
-def likelihood_numbers(totals: LikelihoodTotals) -> dict[str, Any]:
-    """Means per image with their standard errors, in nats and in bits/dim, at full precision."""
+def likelihood_numbers(totals: LikelihoodTotals, likelihood: LikelihoodConfig | None = None) -> dict[str, Any]:
+    """Means per image with their standard errors, in nats and in bits/dim, at full precision; a density's corrected."""
     numbers: dict[str, Any] = {"images": totals.images, "dims": totals.dims, "non_finite": totals.non_finite}
     if totals.non_finite:
         return numbers
-    dims = totals.dims / totals.images
+    dims, added = totals.dims / totals.images, density_bits(likelihood)
+    if added is not None:
+        numbers |= {"density": True, "density_bits_correction": added}
     for name, in_bits in (
         ("negative_bound", "bits_per_dim"),
         ("distortion", "distortion_bits_per_dim"),
@@ -103,7 +106,10 @@ def likelihood_numbers(totals: LikelihoodTotals) -> dict[str, Any]:
     ):
         mean, error = totals.mean(name), totals.standard_error(name)  # type: ignore[arg-type]
         numbers |= {f"{name}_nats": mean, f"{name}_nats_standard_error": error}
-        numbers |= {in_bits: bits_per_dim(mean, dims), f"{in_bits}_standard_error": bits_per_dim(error, dims)}
+        numbers |= {
+            in_bits: bits_per_dim(mean, dims) + (0.0 if name == "rate" else added or 0.0),
+            f"{in_bits}_standard_error": bits_per_dim(error, dims),
+        }
     return numbers
 
 
@@ -131,8 +137,8 @@ def everything(run: Overview, epoch_images: int | None) -> dict[str, Any]:
         **summary(run, epoch_images),
         "settings": run.job.model_dump(),
         "checkpoints": [_checkpoint(run, record) for record in run.records],
-        "train": _speed_and_numbers(run.newest_row("train")),
-        "held_out": _speed_and_numbers(run.newest_row("test")),
+        "train": _speed_and_numbers(run.newest_row("train"), run.job.likelihood),
+        "held_out": _speed_and_numbers(run.newest_row("test"), run.job.likelihood),
         "fingerprints": {name: fingerprint for name, _, fingerprint in data_sets(run)},
         "attempts": run.attempts,
         "problems": run.problems,
@@ -148,15 +154,15 @@ def _checkpoint(run: Overview, record: Record) -> dict[str, Any]:
         "files": len(record.files),
         "bytes": sum(file.size for file in record.files),
         "samples": run.job.training.evaluate_samples if totals else None,
-        "held_out": likelihood_numbers(totals) if totals else None,
+        "held_out": likelihood_numbers(totals, run.job.likelihood) if totals else None,
     }
 
 
-def _speed_and_numbers(row: Row | None) -> dict[str, Any] | None:
+def _speed_and_numbers(row: Row | None, likelihood: LikelihoodConfig) -> dict[str, Any] | None:
     if row is None:
         return None
     numbers = {"images_seen": row["images_seen"], "written_at": row["written_at"], "world_size": row["world_size"]}
-    numbers |= likelihood_numbers(LikelihoodTotals.from_dict(row))
+    numbers |= likelihood_numbers(LikelihoodTotals.from_dict(row), likelihood)
     if row["seconds"]:
         numbers["images_per_second"] = row["images"] / row["seconds"]
         numbers["data_wait_share"] = row["data_wait_seconds"] / row["seconds"]

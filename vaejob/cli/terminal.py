@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vaejob.config import JobConfig
+    from vaejob.config import JobConfig, LikelihoodConfig
     from vaejob.metrics import LikelihoodTotals
     from vaejob.training.worker import Event
 
@@ -24,13 +24,23 @@ def say_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
-def bits_and_nats(totals: "LikelihoodTotals") -> str:
+def density_bits(likelihood: "LikelihoodConfig | None") -> float | None:
+    """What a density's bits/dim lack to those of levels, were it times bin width a mass; None for probabilities."""
+    if likelihood is None or likelihood.pixels not in ("gaussian", "continuous-bernoulli"):
+        return None
+    return math.log2(2**likelihood.bits - 1)
+
+
+def bits_and_nats(totals: "LikelihoodTotals", likelihood: "LikelihoodConfig") -> str:
     """Negative bound per dimension and per image, each with its standard error; or why there is none."""
     if totals.non_finite:
         return f"not finite for {totals.non_finite:,} of {totals.images:,} images"
+    added = density_bits(likelihood)
     return (
-        f"{totals.bits_per_dim:.5f} ± {totals.bits_per_dim_standard_error:.5f} bits/dim, "
+        f"{totals.bits_per_dim + (added or 0.0):.5f} ± {totals.bits_per_dim_standard_error:.5f} bits/dim"
+        f"{'' if added is None else f' (density + {added:.4f})'}, "
         f"{totals.mean('negative_bound'):.4f} ± {totals.standard_error('negative_bound'):.4f} nats"
+        f"{'' if added is None else ' (density)'}"
     )
 
 
@@ -75,11 +85,15 @@ class Progress:
         totals = LikelihoodTotals.from_dict(row)
         at = self._at(row["images_seen"])
         if row["split"] == "test":
-            return f"{at}  held out {bits_and_nats(totals)}, {totals.images:,} images"
+            return f"{at}  held out {bits_and_nats(totals, self._job.likelihood)}, {totals.images:,} images"
         rate = totals.images / row["seconds"]
+        added = density_bits(self._job.likelihood)
+        nats, in_bits = (
+            ("nats", "bits/dim") if added is None else ("nats (density)", f"bits/dim (density + {added:.4f})")
+        )
         left = (self._job.training.images - row["images_seen"]) / rate
         return (
-            f"{at}  train {totals.mean('negative_bound'):.2f} nats, {totals.bits_per_dim:.4f} bits/dim, "
+            f"{at}  train {totals.mean('negative_bound'):.2f} {nats}, {totals.bits_per_dim + (added or 0.0):.4f} {in_bits}, "
             f"{rate:,.0f} images/s, {_duration(left)} left"
         )
 

@@ -119,7 +119,7 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
     pictures = write_run_pictures(address)
     totals = LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
     if as_json:
-        numbers = likelihood_numbers(totals) if totals else {}
+        numbers = likelihood_numbers(totals, job.likelihood) if totals else {}
         result = {"run": address, "images_seen": record.images_seen, "pictures": pictures, "held_out": record.held_out}
         say_json(result | numbers)
         return
@@ -134,7 +134,7 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
             data=job.data.test,
             fingerprint=record.test_fingerprint or "",
         )
-        say(f"held out  {bits_and_nats(totals)}")
+        say(f"held out  {bits_and_nats(totals, job.likelihood)}")
         say(f"          {of}")
     say(f"pictures  {pictures['samples-beside-reconstructions']}")
 

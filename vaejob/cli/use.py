@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaejob.cli.terminal import say, say_json, what_it_is_of
+from vaejob.cli.terminal import density_bits, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
-    from vaejob.metrics import LikelihoodTotals
+    from vaejob.metrics import LayerTotals, LikelihoodTotals
+
+FEW_EFFECTIVE_SAMPLES = 10
 
 Run = Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")]
 Checkpoint = Annotated[str, typer.Option(help="latest, best (held-out bound), or a number of images.")]
@@ -26,6 +28,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Codes per image: 1 gives the ELBO, K the IWAE-K bound.")] = 1,
     checkpoint: Checkpoint = "latest",
     workers: Annotated[int, typer.Option(min=0, help="Ray tasks to share the work; 0: this process alone.")] = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also the rate and active units of each layer of codes.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The bound on the likelihood of a data set's images, each seen once.
@@ -56,10 +61,16 @@ def evaluate(
             f"the bound of {totals.non_finite} of {totals.images} images is not finite at the checkpoint of "
             f"{model.record.images_seen} images, so there is no mean; choose another --checkpoint"
         )
+    of_layers = model.layer_diagnostics(images) if layers else None
     if as_json:
-        say_json(_result(model, images, totals, samples=samples))
+        say_json(_result(model, images, totals, samples=samples) | _layer_numbers(of_layers))
     else:
         _say_result(model, images, totals, samples=samples)
+        for number, layer in enumerate(_layer_numbers(of_layers).get("layers", []), start=1):
+            say(
+                f"layer {number:<5} {layer['rate_nats']:.4f} nats of rate, {layer['active_units']} of {layer['units']} units active"
+            )
+    _warn_of(totals, of_layers, samples=samples)
 
 
 def sample(
@@ -103,6 +114,26 @@ def reconstruct(
     _write(out, png_bytes(beside(*reconstruct_some(model, images, count), pairs_per_row=_columns(count))))
 
 
+def _warn_of(totals: "LikelihoodTotals", layers: "LayerTotals | None", *, samples: int) -> None:
+    weights = totals.weights()
+    if weights and weights["effective_samples"] < FEW_EFFECTIVE_SAMPLES <= samples:
+        warn(
+            f"the importance weights are worth {weights['effective_samples']:.1f} of {samples} samples on average, fewer "
+            f"than {FEW_EFFECTIVE_SAMPLES}: the bound may be far below log p(x), and its bias larger than estimated; more "
+            "--samples tighten it"
+        )
+    for line in layers.collapsed() if layers else []:
+        warn(line)
+
+
+def _layer_numbers(layers: "LayerTotals | None") -> dict[str, Any]:
+    """Of each layer, the top one first."""
+    if layers is None:
+        return {}
+    columns = zip(layers.rates, layers.active_units, layers.units, strict=True)
+    return {"layers": [{"rate_nats": rate, "active_units": active, "units": units} for rate, active, units in columns]}
+
+
 def load_for(run: str, data: str | None, *, checkpoint: str) -> "tuple[LoadedModel, DataSet]":
     """The model of a run and the images to use it on. Raises DataError for images of another shape."""
     from vaejob.data.batches import open_data
@@ -128,7 +159,8 @@ def _result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *
         "checkpoint": model.record.images_seen,
         "bound": "elbo" if samples == 1 else "iwae",
         "samples": samples,
-        **likelihood_numbers(totals),
+        **likelihood_numbers(totals, model.job.likelihood),
+        **totals.weights(),
         "data": data.bucket.url,
         "split": data.manifest.split,
         "fingerprint": data.manifest.fingerprint,
@@ -139,18 +171,27 @@ def _result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *
 def _say_result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *, samples: int) -> None:
     from vaejob.cli.overview import likelihood_numbers
 
-    numbers = likelihood_numbers(totals)
+    numbers = likelihood_numbers(totals, model.job.likelihood)
+    added = density_bits(model.job.likelihood)
     for title, nats, in_bits in (
         ("-ELBO" if samples == 1 else f"-IWAE-{samples}", "negative_bound_nats", "bits_per_dim"),
         ("distortion", "distortion_nats", "distortion_bits_per_dim"),
         ("rate", "rate_nats", "rate_bits_per_dim"),
     ):
+        density = added is not None and title != "rate"
         say(
-            f"{title:<11} {numbers[nats]:.4f} ± {numbers[f'{nats}_standard_error']:.4f} nats, "
+            f"{title:<11} {numbers[nats]:.4f} ± {numbers[f'{nats}_standard_error']:.4f} nats{' (density)' if density else ''}, "
             f"{numbers[in_bits]:.5f} ± {numbers[f'{in_bits}_standard_error']:.5f} bits/dim"
+            f"{f' (density + {added:.4f})' if density else ''}"
         )
     if samples > 1:
         say("            (distortion and rate are the halves of the -ELBO, of one code per image)")
+    if weights := totals.weights():
+        say(
+            f"weights     worth {weights['effective_samples']:,.1f} of {samples:,} samples on average, "
+            f"{weights['least_effective_samples']:,.1f} at least; "
+            f"estimated bias of the bound {weights['bound_bias_nats_estimate']:.4f} nats"
+        )
     fingerprint = data.manifest.fingerprint
     say(
         f"of          {what_it_is_of(model.job, totals, samples=samples, data=data.bucket.url, fingerprint=fingerprint)}"

@@ -4,15 +4,27 @@ import torch
 
 from vaejob.config import ModelConfig
 from vaejob.model.conv import ConvVAE
+from vaejob.model.hierarchical import HierarchicalVAE
 from vaejob.model.mlp import DenseVAE
+from vaejob.model.tied import TiedVAE
+from vaejob.model.two_layers import TwoLayerVAE
 from vaejob.model.vae import VAE
 
 __all__ = ["VAE", "build_model"]
 
 
-def build_model(config: ModelConfig, *, shape: tuple[int, int, int], parameters_per_channel: int, seed: int) -> VAE:
+def build_model(config: ModelConfig, *, shape: tuple[int, int, int], output_planes: int, seed: int) -> VAE:
     """The model of one job on the CPU, with weights that depend on the seed alone."""
-    family = {"mlp": DenseVAE, "conv": ConvVAE}[config.family]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs for good
-        return family(config, shape=shape, parameters_per_channel=parameters_per_channel)
+        match config.family:
+            case "mlp" if config.upper_latent:
+                return TwoLayerVAE(config, shape=shape, output_planes=output_planes)
+            case "mlp":
+                return DenseVAE(config, shape=shape, output_planes=output_planes)
+            case "conv":
+                return ConvVAE(config, shape=shape, output_planes=output_planes)
+            case "tied":
+                return TiedVAE(config, shape=shape, output_planes=output_planes)
+            case "hierarchical":
+                return HierarchicalVAE(config, shape=shape, output_planes=output_planes)

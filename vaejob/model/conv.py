@@ -19,10 +19,10 @@ from vaejob.model.vae import VAE
 class ConvVAE(VAE):
     """The decoder mirrors the encoder and crops where halving had rounded up, so any size comes back exactly."""
 
-    def __init__(self, config: ModelConfig, *, shape: tuple[int, int, int], parameters_per_channel: int) -> None:
+    def __init__(self, config: ModelConfig, *, shape: tuple[int, int, int], output_planes: int) -> None:
         super().__init__()
         in_channels, height, width = shape
-        channels, sizes = config.channels, _level_sizes(config.channels, height, width)
+        channels, sizes = config.channels, level_sizes(config.channels, height, width)
         self.latent_shape = (config.latent,)
         self.deepest_shape = (channels[-1], *sizes[-1])
         flat = math.prod(self.deepest_shape)
@@ -46,7 +46,7 @@ class ConvVAE(VAE):
             ),
             nn.SiLU(),
         )
-        self.output = nn.Conv2d(channels[0], parameters_per_channel * in_channels, 3, padding=1)
+        self.output = nn.Conv2d(channels[0], output_planes, 3, padding=1)
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
         mean, log_std = self.posterior(self.encoder(inputs).flatten(1)).chunk(2, dim=1)
@@ -96,8 +96,8 @@ def _stage(channels: int, blocks: int) -> list[nn.Module]:
     return [Residual(channels) for _ in range(blocks)]
 
 
-def _level_sizes(channels: list[int], height: int, width: int) -> list[tuple[int, int]]:
-    """The picture's size at each level."""
+def level_sizes(channels: list[int], height: int, width: int) -> list[tuple[int, int]]:
+    """The picture's size at each level, in pixels; each is half the one before, rounded up."""
     if min(channels) < 1:
         raise ConfigError(f"model.channels is {channels}; every level must have at least 1 channel")
     sizes = [(height, width)]

@@ -12,25 +12,23 @@ from vaejob.errors import ConfigError
 from vaejob.model.gaussian import Gaussian, gaussian
 from vaejob.model.vae import VAE
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class DenseVAE(VAE):
     """Encoder C*H*W-hidden-latent with the log of the standard deviation; the decoder runs the other way."""
 
-    def __init__(self, config: ModelConfig, *, shape: tuple[int, int, int], parameters_per_channel: int) -> None:
+    def __init__(self, config: ModelConfig, *, shape: tuple[int, int, int], output_planes: int) -> None:
         super().__init__()
-        if min(config.hidden) < 1:
-            raise ConfigError(f"model.hidden is {config.hidden}; every layer must have at least 1 unit")
-        channels, *size = shape
+        check_units("hidden", config.hidden)
         self.latent_shape = (config.latent,)
-        self.output_shape = (parameters_per_channel * channels, *size)
-        activation = _ACTIVATIONS[config.activation]
-        self.encoder = _dense([math.prod(shape), *config.hidden], activation)
+        self.output_shape = (output_planes, *shape[1:])
+        activation = ACTIVATIONS[config.activation]
+        self.encoder = dense([math.prod(shape), *config.hidden], activation)
         self.posterior = nn.Linear(config.hidden[-1], 2 * config.latent)
-        self.decoder = _dense([config.latent, *config.hidden[::-1]], activation)
+        self.decoder = dense([config.latent, *config.hidden[::-1]], activation)
         self.output = nn.Linear(config.hidden[0], math.prod(self.output_shape))
-        self.apply(_glorot)
+        self.apply(glorot)
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
         mean, log_std = self.posterior(self.encoder(inputs.flatten(1))).chunk(2, dim=1)
@@ -45,12 +43,18 @@ class DenseVAE(VAE):
         self.output.bias.copy_(parameters.flatten())
 
 
-def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+def check_units(name: str, units: list[int]) -> None:
+    if min(units) < 1:
+        raise ConfigError(f"model.{name} is {units}; every layer must have at least 1 unit")
+
+
+def dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
     pairs = itertools.pairwise(sizes)
     return nn.Sequential(*itertools.chain.from_iterable((nn.Linear(m, n), activation()) for m, n in pairs))
 
 
-def _glorot(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
+def glorot(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
+        assert module.bias is not None
         nn.init.zeros_(module.bias)

@@ -23,6 +23,7 @@ from torch._compile import _disable_dynamo as outside_compiled_graphs
 # Streams of one image's noise; numbers that serve different ends never share one.
 BINARIZE = 0  # the threshold of each pixel
 PIXELS = 1  # a pixel drawn from the decoder
+COMPONENT = 2  # which part of a mixture a pixel is drawn from
 LATENT = 16  # the code of stochastic layer l is drawn from LATENT + l
 
 

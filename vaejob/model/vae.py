@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vaejob.model.gaussian import Gaussian, standard_normal
+from vaejob.model.gaussian import Gaussian, kl, standard_normal
 from vaejob.model.noise import LATENT, Noise
 
 
@@ -18,12 +18,20 @@ class Layer(NamedTuple):
     posterior: Gaussian
     prior: Gaussian
     z: Tensor
+    analytic: bool = True
+    """Whether KL(posterior || prior) in closed form is an unbiased rate: not where the prior was computed from this z."""
+
+    def rate(self) -> Float[Tensor, " SB"]:
+        """Nats of each draw: KL(posterior || prior), or the logarithm of their ratio at z; the latter may be negative."""
+        if self.analytic:
+            return kl(self.posterior, self.prior)
+        return self.posterior.log_prob(self.z) - self.prior.log_prob(self.z)
 
 
 class Inference(NamedTuple):
     """Codes drawn for a batch, and what they decode to."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # from the top to the one nearest the pixels
     parameters: Float[Tensor, "SB P H W"]
 
 

@@ -82,8 +82,11 @@ def _how_likely(model: LoadedModel) -> str:
     samples, likelihood = job.training.evaluate_samples, job.likelihood
     bound = "-ELBO" if samples == 1 else f"-IWAE bound of {samples} samples"
     kind = f"{likelihood.binarize} binarisation" if likelihood.pixels == "bernoulli" else f"{likelihood.bits} bits"
+    pixels = model.scorer.pixels
+    density = " (density)" if pixels.is_density else ""
+    corrected = f" (density + {pixels.density_bits_correction:.4f})" if pixels.is_density else ""
     return (
-        f"{totals.bits_per_dim:.4f} ± {totals.bits_per_dim_standard_error:.4f} bits/dim, "
-        f"{totals.mean('negative_bound'):.3f} ± {totals.standard_error('negative_bound'):.3f} nats: "
+        f"{totals.bits_per_dim + pixels.density_bits_correction:.4f} ± {totals.bits_per_dim_standard_error:.4f} bits/dim{corrected}, "
+        f"{totals.mean('negative_bound'):.3f} ± {totals.standard_error('negative_bound'):.3f} nats{density}: "
         f"{bound} of {totals.images:,} held-out images, {likelihood.pixels} pixels, {kind}"
     )

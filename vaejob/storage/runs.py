@@ -201,6 +201,10 @@ ROW_SCHEMA = pa.schema(
         "distortion_squares_rest": pa.float64(),
         "rate_squares": pa.float64(),
         "rate_squares_rest": pa.float64(),
+        "weighed_images": pa.int64(),  # those scored by importance weights, and what their weights are worth
+        "effective_samples": pa.float64(),
+        "weight_variance": pa.float64(),
+        "largest_inverse_ess": pa.float64(),
     }
 )
 """Columns of metrics/: sums over images, never means."""

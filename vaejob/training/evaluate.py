@@ -1,36 +1,63 @@
 """The likelihood of held-out images: each once, in fixed blocks, with noise that belongs to the image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vaejob.config import LikelihoodConfig
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound
-from vaejob.metrics import LikelihoodTotals, RunningTotals
+from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals, layer_totals
+from vaejob.model.noise import Noise
 from vaejob.training.step import draw_levels, evaluation_noise
+
+Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
+"""Of (ids, uint8 images)."""
+
+LAYER_DRAWS = 8
+"""Codes drawn per image to tell, of a layer given others, what the image decides from what chance decides."""
 
 
 @torch.no_grad()
 def evaluate(
     scorer: NegativeELBO,
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    blocks: Blocks,
     *,
     dims_per_image: int,
     config: LikelihoodConfig,
     device: torch.device,
     samples: int = 1,
 ) -> LikelihoodTotals:
-    """Totals over the blocks of (ids, uint8 images): the ELBO with one z, or the IWAE bound with `samples` of them."""
+    """Totals over the blocks: the ELBO with one z, or the IWAE bound with `samples` of them and what its weights tell."""
     totals = RunningTotals(dims_per_image=dims_per_image, device=device)
-    for ids, images in blocks:
-        noise = evaluation_noise(ids, device=device)
-        on_device = torch.from_numpy(images).to(device)
-        levels = draw_levels(on_device, ids, pixels=scorer.pixels, config=config, noise=noise)
+    for levels, noise in _levels(scorer, blocks, config=config, device=device):
         terms = scorer(levels, noise.keys)
         if samples == 1:
             totals.add(terms)
         else:
-            bound = importance_bound(scorer.vae, scorer.pixels, levels, noise, samples=samples)
-            totals.add(terms, negative_bound=-bound.log_likelihood)
+            bound, effective_samples = importance_bound(scorer.vae, scorer.pixels, levels, noise, samples=samples)
+            totals.add(terms, negative_bound=-bound, effective_samples=effective_samples, samples=samples)
     return totals.to_host()
+
+
+@torch.no_grad()
+def layer_diagnostics(
+    scorer: NegativeELBO, blocks: Blocks, *, config: LikelihoodConfig, device: torch.device
+) -> LayerTotals:
+    """Rate and active units of each stochastic layer over the blocks, in one pass."""
+    totals = LayerTotals()
+    for levels, noise in _levels(scorer, blocks, config=config, device=device):
+        encoding = scorer.vae.encode(scorer.pixels.to_inputs(levels))
+        layers = scorer.vae.draw(encoding, noise.folds(range(LAYER_DRAWS)), samples=LAYER_DRAWS).layers
+        totals += layer_totals(layers, images=len(levels), draws=LAYER_DRAWS)
+    return totals
+
+
+def _levels(
+    scorer: NegativeELBO, blocks: Blocks, *, config: LikelihoodConfig, device: torch.device
+) -> Iterator[tuple[Tensor, Noise]]:
+    for ids, images in blocks:
+        noise = evaluation_noise(ids, device=device)
+        on_device = torch.from_numpy(images).to(device)
+        yield draw_levels(on_device, ids, pixels=scorer.pixels, config=config, noise=noise), noise

@@ -63,7 +63,7 @@ def train_step(
     """Moves the weights once. `weight` is world size / images of the global batch: DDP divides by the world size."""
     noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
     levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
-    terms: BoundTerms = model(levels, noise.keys)
+    terms: BoundTerms = model(levels, noise.keys, job.objective)
     objective_nats = objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
     (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
     if job.optimizer.clip > 0:
@@ -72,13 +72,13 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepTerms(BoundTerms(*(term.detach() for term in terms)), objective_nats.detach())
+    return StepTerms(terms.detach(), objective_nats.detach())
 
 
 def make_scorer(job: JobConfig, *, shape: tuple[int, int, int]) -> NegativeELBO:
     """The model of a job with its initial weights. Raises ConfigError for sizes that do not fit the images."""
     pixels = make_pixels(job.likelihood)
-    vae = build_model(job.model, shape=shape, parameters_per_channel=pixels.parameters_per_channel, seed=job.run.seed)
+    vae = build_model(job.model, shape=shape, output_planes=pixels.parameters(shape[0]), seed=job.run.seed)
     return NegativeELBO(vae, pixels)
 
 

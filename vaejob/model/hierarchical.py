@@ -1,0 +1,203 @@
+"""A ladder of Gaussian codes drawn from the top down, after Child's VDVAE (arXiv 2011.10650), with bounded scales.
+
+The encoder goes up once, from the picture to the smallest map, and keeps one map of each resolution. The decoder comes
+down: each block asks its running state for a prior, state and encoder's map together for a posterior, draws a code from
+one of them, and adds it to the state. So p(z) = prod_l p(z_l | z_<l) and q(z | x) = prod_l q(z_l | z_<l, x).
+
+Shapes: B images, S draws per image, C H W channels and pixels, D channels inside, Z channels of a block's code, P pixel
+parameters over all channels; h, w or _ pixels of the map at hand.
+"""
+
+import itertools
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo as outside_compiled_graphs
+
+from vaejob.config import ModelConfig
+from vaejob.errors import ConfigError
+from vaejob.model.gaussian import Gaussian, gaussian
+from vaejob.model.noise import LATENT, Noise
+from vaejob.model.vae import VAE, Inference, Layer
+
+
+class Activations(NamedTuple):
+    """What the encoder made of each picture: one map per resolution, the smallest first."""
+
+    maps: tuple[Float[Tensor, "B D _ _"], ...]
+
+    def repeat(self, times: int) -> "Activations":
+        """The whole batch, times over: the second copy follows the first."""
+        if times == 1:
+            return self
+        return Activations(tuple(one.repeat(times, 1, 1, 1) for one in self.maps))
+
+
+class Resolution(NamedTuple):
+    """A stretch of the ladder whose maps have one size."""
+
+    size: int  # pixels along either side
+    blocks: int
+
+
+class HierarchicalVAE(VAE):
+    """Every weight takes part in every step, so that DDP may take the graph for static."""
+
+    def __init__(self, config: ModelConfig, *, shape: tuple[int, int, int], output_planes: int) -> None:
+        super().__init__()
+        ladder = _ladder(config.layers, shape=shape)
+        width, channels = config.width, config.latent_channels
+        self.sizes = [size for size, _ in ladder]
+        self.code_shapes = [(channels, size, size) for size, blocks in ladder for _ in range(blocks)]
+        # VDVAE's encoders have about half as many blocks as their decoders.
+        upward = [Resolution(size, (blocks + 1) // 2) for size, blocks in reversed(ladder)]
+        up_gain, down_gain = sum(blocks for _, blocks in upward) ** -0.5, len(self.code_shapes) ** -0.5
+        self.input = _conv(shape[0], width, 3)
+        self.up = nn.ModuleList(
+            nn.Sequential(*(Residual(width, size, gain=up_gain) for _ in range(blocks))) for size, blocks in upward
+        )
+        self.start = nn.Parameter(torch.zeros(1, width, self.sizes[0], self.sizes[0]))
+        self.down = nn.ModuleList(Rung(width, channels, size, gain=down_gain) for _, _, size in self.code_shapes)
+        self.output = _conv(width, output_planes, 1)
+
+    def encode(self, inputs: Float[Tensor, "B C H W"]) -> Activations:  # type: ignore[override]
+        """Unlike other families', not yet a Gaussian: a posterior below the top depends on the codes drawn above it."""
+        h: Tensor = self.input(inputs)
+        maps = []
+        for size, blocks in zip(reversed(self.sizes), self.up, strict=True):
+            h = blocks(_shrink(h, size))
+            maps.append(h)
+        return Activations(tuple(reversed(maps)))
+
+    def draw(self, encoding: Activations, noise: Noise, *, samples: int = 1) -> Inference:  # type: ignore[override]
+        """Codes for each encoded picture; noise holds samples * B keys, the second draw of all images after the first."""
+        return self._descend(dict(zip(self.sizes, encoding.repeat(samples).maps, strict=True)), noise)
+
+    def generate(self, noise: Noise) -> Float[Tensor, "B P H W"]:
+        return self._descend({}, noise).parameters
+
+    @torch.no_grad()
+    def set_output_bias(self, parameters: Float[Tensor, "P H W"]) -> None:
+        assert self.output.bias is not None
+        self.output.bias.copy_(parameters.mean((1, 2)))
+
+    def _descend(self, maps: dict[int, Tensor], noise: Noise) -> Inference:
+        """With the encoder's map of each size, codes from the posteriors; without any, from the priors."""
+        layers: list[Layer] = []
+        eps = self._noise(noise)
+        state = self.start.expand(len(noise.keys), -1, -1, -1)
+        for rung, (_, _, size), own in zip(self.down, self.code_shapes, eps, strict=True):
+            layer, state = rung(_grow(state, size), own, maps.get(size))
+            layers.append(layer)
+        return Inference(tuple(layers), self.output(F.gelu(state)))
+
+    @outside_compiled_graphs
+    def _noise(self, noise: Noise) -> list[Tensor]:
+        """For all blocks at once: the compiler steps out a single time, and the whole way down is one graph."""
+        return [noise.normal(LATENT + layer, shape) for layer, shape in enumerate(self.code_shapes)]
+
+
+class Rung(nn.Module):
+    """One stochastic layer: a prior and a posterior from the state, and what the code drawn changes in it."""
+
+    def __init__(self, width: int, channels: int, size: int, *, gain: float) -> None:
+        super().__init__()
+        self.split = [2 * channels, width]
+        self.prior = Bottleneck(width, sum(self.split), width, size, gain=0.0)
+        self.posterior = Bottleneck(2 * width, 2 * channels, width, size)
+        self.from_code = _conv(channels, width, 1, gain=gain)
+        self.change = Residual(width, size, gain=gain)
+
+    def forward(
+        self, state: Float[Tensor, "B D h w"], eps: Float[Tensor, "B Z h w"], seen: Float[Tensor, "B D h w"] | None
+    ) -> tuple[Layer, Float[Tensor, "B D h w"]]:
+        scales, features = self.prior(state).split(self.split, dim=1)
+        prior = _bounded(scales)
+        posterior = prior if seen is None else _bounded(self.posterior(torch.cat((state, seen), dim=1)))
+        z = posterior.sample(eps)
+        return Layer(posterior, prior, z), self.change(state + features + self.from_code(z))
+
+
+class Bottleneck(nn.Sequential):
+    """1x1, 3x3, 3x3, 1x1 convolutions, the middle two a quarter as wide; a map of 1 or 2 pixels has 1x1 ones only."""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, size: int, *, gain: float = 1.0) -> None:
+        middle, kernel = max(width // 4, 1), 3 if size > 2 else 1
+        super().__init__(
+            nn.GELU(),
+            _conv(in_channels, middle, 1),
+            nn.GELU(),
+            _conv(middle, middle, kernel),
+            nn.GELU(),
+            _conv(middle, middle, kernel),
+            nn.GELU(),
+            _conv(middle, out_channels, 1, gain=gain),
+        )
+
+
+class Residual(nn.Module):
+    """gain 1 / sqrt(residual blocks in a row) keeps the variance of their sum from growing with the depth (VDVAE)."""
+
+    def __init__(self, width: int, size: int, *, gain: float) -> None:
+        super().__init__()
+        self.change = Bottleneck(width, width, width, size, gain=gain)
+
+    def forward(self, h: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
+        changed: Tensor = h + self.change(h)
+        return changed
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, *, gain: float = 1.0) -> nn.Conv2d:
+    """torch's initial weights times gain, and no bias to start with: a prior of gain 0 starts as N(0, 1)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.weight.mul_(gain)
+        conv.bias.zero_()
+    return conv
+
+
+def _bounded(scales: Float[Tensor, "B ZZ h w"]) -> Gaussian:
+    """Mean and logarithm of the standard deviation, in float32 from here on."""
+    mean, log_std = gaussian(*scales.chunk(2, dim=1))
+    # Between e^-5 and e^5 (after NVAE), and 1 at 0. A softplus with a floor would bound narrow scales alone; a wide
+    # posterior overflows the rate as well.
+    return Gaussian(mean, 5 * torch.tanh(log_std / 5))
+
+
+def _shrink(h: Float[Tensor, "B D H W"], size: int) -> Float[Tensor, "B D h w"]:
+    """Means over windows of one size where those fit, the last one cut short (7 to 4): what _grow copies back to."""
+    before = h.shape[-1]
+    window = -(-before // size)
+    if window == 1:
+        return h
+    if -(-before // window) == size:
+        return F.avg_pool2d(h, window, ceil_mode=True)
+    return F.adaptive_avg_pool2d(h, size)
+
+
+def _grow(h: Float[Tensor, "B D h w"], size: int) -> Float[Tensor, "B D H W"]:
+    return h if h.shape[-1] == size else F.interpolate(h, size=(size, size), mode="nearest")
+
+
+def _ladder(layers: str, *, shape: tuple[int, int, int]) -> list[Resolution]:
+    """The resolutions that model.layers names, from the top down. Raises ConfigError where they are none of a ladder."""
+    _, height, width = shape
+    if height != width:
+        raise ConfigError(f"model.family is hierarchical and pictures are {height} x {width}; they must be square")
+    found = [re.fullmatch(r"\s*([0-9]+)x([0-9]+)\s*", part) for part in layers.split(",")]
+    if not all(found):
+        raise ConfigError(f"model.layers is {layers!r}; it must read size x count from the top down, as in 1x1,4x2,8x4")
+    ladder = [Resolution(int(match[1]), int(match[2])) for match in found if match]
+    if min(min(one) for one in ladder) < 1:
+        raise ConfigError(f"model.layers is {layers!r}; every size and every count must be at least 1")
+    for above, below in itertools.pairwise(ladder):
+        if above.size >= below.size:
+            raise ConfigError(f"model.layers is {layers!r}; sizes must grow, but {below.size} follows {above.size}")
+    if ladder[-1].size != height:
+        raise ConfigError(f"model.layers is {layers!r}; its last size must be that of the pictures, {height}")
+    return ladder
