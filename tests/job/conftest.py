@@ -105,7 +105,15 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
-    options = ["--num-cpus=4", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--object-store-memory=200000000"]
+    # The agent's port is fixed unless it is given: a second cluster on the machine would have no agent for jobs.
+    agent = f"--dashboard-agent-listen-port={_free_port()}"
+    options = [
+        agent,
+        "--num-cpus=4",
+        "--node-ip-address=127.0.0.1",
+        f"--temp-dir={folder}",
+        "--object-store-memory=200000000",
+    ]
     head = subprocess.Popen(
         ["deploy/ray-node.sh", "head", *options], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
     )
