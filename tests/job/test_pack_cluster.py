@@ -25,7 +25,7 @@ from vaejob.storage import open_bucket
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
-IMAGES, SIDE = 600, 320
+IMAGES, SIDE = 1800, 320  # as many as take longer to pack than a busy machine takes to send a signal
 WISHES = ["--size", "32", "--encoding", "keep", "--shard-bytes", "40000", "--row-group-bytes", "10000"]
 
 PACK_ALL = """
