@@ -29,8 +29,11 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, thre
             pool.shutdown(cancel_futures=True)
 
 
-def in_background(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
-    """The same items, made by a thread of their own at most `depth` ahead; so is the exception that ends them."""
+def in_background(items: Generator[Item, None, None], *, depth: int) -> Generator[Item, None, None]:
+    """The same items, made by a thread of their own at most `depth` ahead; so is the exception that ends them.
+
+    Closed, it tells the thread, which ends after the item that it is at.
+    """
     made = SimpleQueue[Item | _Ended]()
     room = threading.Semaphore(depth)
     closed = threading.Event()

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -52,8 +53,8 @@ class DataSet:
 
     def training_batches(
         self, config: DataConfig, *, seed: int, images_seen: int, until: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        """The rank's batches after `images_seen` images of the whole job, until `until`."""
+    ) -> Generator[Batch, None, None]:
+        """The rank's batches after `images_seen` images of the whole job, until `until`; threads read until it is closed."""
         plan = RankPlan(
             row_group_rows=self.row_group_rows,
             global_batch=config.global_batch,
@@ -70,11 +71,12 @@ class DataSet:
         planned = (
             ((place, len(ids)), np.sort(ids)) for place, ids in plan.batches(images_seen=images_seen, until=until)
         )
-        for (place, due), ids, images, skipped in reader.batches(planned, prefetch=config.prefetch_batches):
-            notes = [f"left out of training: {line}" for line in skipped]
-            if cache is not None and cache.trouble:
-                notes.append(cache.trouble)
-            yield Batch(place, ids, images, due - len(ids), tuple(notes))
+        with closing(reader.batches(planned, prefetch=config.prefetch_batches)) as read:
+            for (place, due), ids, images, skipped in read:
+                notes = [f"left out of training: {line}" for line in skipped]
+                if cache is not None and cache.trouble:
+                    notes.append(cache.trouble)
+                yield Batch(place, ids, images, due - len(ids), tuple(notes))
 
     def reader_bytes(self, config: DataConfig, *, world_size: int = 1) -> int:
         """The most memory that a rank's training batches hold at once: row groups, and batches made ahead of the step.
@@ -85,13 +87,16 @@ class DataSet:
         rank_batch = math.ceil(config.global_batch / world_size) * self.manifest.dims
         return groups * int(self.row_groups["size"].max()) + (config.prefetch_batches + 4) * rank_batch
 
-    def evaluation_blocks(self, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def evaluation_blocks(
+        self, *, rank: int = 0, world_size: int = 1
+    ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
         """The rank's blocks of consecutive (ids, images): over all ranks each image exactly once, unpadded."""
         blocks = math.ceil(self.manifest.images / EVALUATION_BLOCK)
         own = range(blocks * rank // world_size, blocks * (rank + 1) // world_size)
         ids = (np.arange(i * EVALUATION_BLOCK, min((i + 1) * EVALUATION_BLOCK, self.manifest.images)) for i in own)
-        for read in self._reader(groups_held=2).batches(((None, block) for block in ids), prefetch=4):
-            yield read.ids, read.images
+        with closing(self._reader(groups_held=2).batches(((None, block) for block in ids), prefetch=4)) as read:
+            for _, own_ids, images, _ in read:
+                yield own_ids, images
 
     def images(self, ids: np.ndarray) -> np.ndarray:
         """The images with these ids, in their order; uint8 [len(ids), C, H, W]."""

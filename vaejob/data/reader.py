@@ -8,7 +8,7 @@ nothing is shared with other processes, and nothing is left behind when the proc
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ class RowGroupReader:
         self._raw = groups.manifest.encoding == "raw"
         self._small = groups.manifest.dims <= SMALL_IMAGE_BYTES
 
-    def batches(self, plan: Iterable[tuple[Tag, np.ndarray]], *, prefetch: int) -> Iterator[Read[Tag]]:
+    def batches(self, plan: Iterable[tuple[Tag, np.ndarray]], *, prefetch: int) -> Generator[Read[Tag], None, None]:
         """The images of each (tag, ids) of the plan, in its order; ids ascend within each.
 
         Raises DataError, naming shard and row group, for bytes that do not match the manifest or do not decode, and

@@ -21,6 +21,7 @@ Images = np.ndarray | list[memoryview]
 """Of one row group. Raw: uint8 [rows, C*H*W]; encoded: one image file each."""
 
 _ONE_PAGE = 1 << 30
+_SEAL_NAME = "vaejob.seal"
 _SEAL = b"vaejob-seal:"
 _OPEN = b"0" * 64
 _LENGTH = struct.Struct("<I")
@@ -57,7 +58,7 @@ def encode_shard(row_groups: list[list[Row]], *, image_bytes: int | None) -> byt
                 pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(rows))
-        writer.add_key_value_metadata({"vaejob.seal": (_SEAL + _OPEN).decode()})
+        writer.add_key_value_metadata({_SEAL_NAME: (_SEAL + _OPEN).decode()})
     return _sealed(file.getvalue().to_pybytes())
 
 
@@ -68,8 +69,8 @@ def is_whole(data: bytes) -> bool:
 
 
 def is_ours(data: bytes) -> bool:
-    """Whether these bytes, or the last of them, come from `encode_shard`, damaged or not."""
-    return _SEAL in data
+    """Whether these bytes, or the last of them, come from `encode_shard`, damaged in one place or not."""
+    return _SEAL in data or _SEAL_NAME.encode() in data
 
 
 def _sealed(data: bytes) -> bytes:

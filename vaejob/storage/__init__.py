@@ -7,6 +7,7 @@ from vaejob.errors import UserError
 from vaejob.storage.bucket import Bucket
 from vaejob.storage.directory import DirectoryBucket
 from vaejob.storage.memory import MemoryBucket
+from vaejob.storage.secrets import refuse_credentials
 
 __all__ = ["Bucket", "absolute", "join", "open_bucket", "split_address"]
 
@@ -14,7 +15,8 @@ OBJECT_STORES = ("s3", "gs", "az")
 
 
 def open_bucket(address: str) -> Bucket:
-    """The bucket at an address; nothing is contacted yet. Raises UserError for an address of no known kind."""
+    """The bucket at an address; nothing is contacted yet. UserError if it is of no known kind, or carries credentials."""
+    refuse_credentials(address)
     scheme = urlsplit(address).scheme if "://" in address else ""
     match scheme:
         case "":
@@ -34,7 +36,8 @@ def open_bucket(address: str) -> Bucket:
 
 
 def absolute(address: str) -> str:
-    """The address as it reads from any working directory."""
+    """The address as it reads from any working directory. UserError if it carries credentials: it will be written down."""
+    refuse_credentials(address)
     return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())
 
 

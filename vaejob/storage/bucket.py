@@ -2,6 +2,12 @@
 
 from typing import Protocol, runtime_checkable
 
+from vaejob.errors import BucketError
+
+
+class NotOffered(BucketError):  # noqa: N818 - a state of the store
+    """The store, or its settings here, has no such request."""
+
 
 @runtime_checkable
 class Bucket(Protocol):
@@ -22,7 +28,10 @@ class Bucket(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Puts the blob only if the key holds none; False, and nothing written, if it does."""
+        """Puts the blob only if the key holds none; False, and nothing written, if it does.
+
+        Raises NotOffered where a store has no conditional writes; one that pretends to have them returns True always.
+        """
         ...
 
     def size(self, key: str) -> int | None:

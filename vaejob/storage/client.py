@@ -11,12 +11,15 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from vaejob.errors import UserError
+from vaejob.storage.secrets import redact
 
 if TYPE_CHECKING:  # obstore has these for type checkers only, and the last needs boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import ClientConfig, RetryConfig
 
 ObjectStore = S3Store | GCSStore | AzureStore
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
 class Place(NamedTuple):
@@ -56,16 +59,17 @@ def open_store(place: Place, *, request_s: float, retry_s: float) -> ObjectStore
             case _:
                 return AzureStore(place.bucket, client_options=options, retry_config=retries)
     except (BaseError, ValueError) as error:
+        redact(error)
         said = " ".join(str(error).partition("\n\nDebug source")[0].split())
         raise UserError(f"{place.address} cannot be opened: {said}") from error
 
 
 def _open_s3(place: Place, options: "ClientConfig", retries: "RetryConfig") -> S3Store:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _endpoint()
     credentials = _boto3_credentials(place)
     if endpoint:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        options["allow_http"] = _may_be_plain(endpoint)
+        options["allow_http"] = urlsplit(endpoint).scheme == "http"
         return S3Store(
             place.bucket,
             endpoint=endpoint,
@@ -77,14 +81,24 @@ def _open_s3(place: Place, options: "ClientConfig", retries: "RetryConfig") -> S
     return S3Store(place.bucket, credential_provider=credentials, client_options=options, retry_config=retries)
 
 
-def _may_be_plain(endpoint: str) -> bool:
-    """Whether the endpoint is plain HTTP; UserError where that would show the data and the key to a network."""
-    if urlsplit(endpoint).scheme != "http":
-        return False
-    host = urlsplit(endpoint).hostname or ""
-    if not _is_loopback(host) and os.environ.get("AWS_ALLOW_HTTP", "").lower() != "true":
-        raise UserError(f"AWS_ENDPOINT_URL is {endpoint}; it must be https, or AWS_ALLOW_HTTP=true must be set")
-    return True
+def _endpoint() -> str | None:
+    """Where requests go, if the environment says so; UserError for plain HTTP, which shows data and keys to a network."""
+    name = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    if name is None:
+        return None
+    endpoint = os.environ[name]
+    if "@" in endpoint or "?" in endpoint:
+        raise UserError(f"{name} carries a login or a signature; it must be https://host, without them")
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{name} is {endpoint}; it must read https://host or https://host:port")
+    may_be_plain = _is_loopback(parts.hostname) or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true"
+    if parts.scheme == "http" and not may_be_plain:
+        raise UserError(
+            f"{name} is {endpoint}; it must be https, or AWS_ALLOW_HTTP=true must be set: anyone on the way could read "
+            "and change what plain HTTP carries"
+        )
+    return endpoint
 
 
 def _is_loopback(host: str) -> bool:

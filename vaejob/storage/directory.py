@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from vaejob.errors import BucketError, ObjectMissing
 from vaejob.storage.keys import check_span, checked, checked_folder, parent
 
 _TEMPORARY = ".vaejob-"  # a writer that is killed leaves a file of this name, which is no key
+LEFTOVER_S = 86_400.0  # no writer needs so long for one file
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -68,6 +70,16 @@ class DirectoryBucket:
         with self._reading(path.parent), self._writing(path), suppress(*_NO_FILE):
             path.unlink()
             self._remove_empty_folders(path.parent)
+
+    def remove_leftovers(self, *, older_than_s: float = LEFTOVER_S) -> int:
+        """Deletes what killed writers have left, which no listing shows; how many files."""
+        before, found = time.time() - older_than_s, 0
+        for path in self._root.rglob(f"{_TEMPORARY}*"):
+            with suppress(OSError):  # its writer lives and has just finished, or it is not ours to delete
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    found += 1
+        return found
 
     def _path(self, key: str) -> Path:
         return self._root / checked(key, url=self.url)

@@ -11,6 +11,7 @@ from obstore.exceptions import (
 )
 
 from vaejob.errors import BucketError, ObjectMissing
+from vaejob.storage.bucket import NotOffered
 from vaejob.storage.retry import ours
 
 _BUCKET_GONE = {"NoSuchBucket", "ContainerNotFound", "ResourceNotFound"}
@@ -32,6 +33,8 @@ def verdict(error: Exception, *, bucket: str, name: str) -> Exception | None:
     code, status = code_of(error), status_of(error)
     if ours(error) or isinstance(error, (TypeError, AssertionError)):
         return error
+    if isinstance(error, NotImplementedError) or status == 501:
+        return NotOffered(f"{bucket} cannot do this: {one_line(error)}")
     if code in _BUCKET_GONE or "specified bucket does not exist" in str(error):
         return BucketError(f"{bucket} does not exist")
     if isinstance(error, FileNotFoundError) and code != "NoSuchUpload":  # then a write in parts must begin anew

@@ -15,6 +15,7 @@ from vaejob.storage.client import open_store, parse_place
 from vaejob.storage.failures import Replaced, ShortReply, cause_of, code_of, one_line, status_of, verdict
 from vaejob.storage.keys import check_span, checked, checked_folder, parent, span
 from vaejob.storage.retry import Outage, with_retries
+from vaejob.storage.secrets import redact
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -226,8 +227,16 @@ class RemoteBucket:
     def _try(self, key: str, call: Callable[[], Result]) -> Result:
         name = self._name(key)
         final = partial(_final, bucket=self._place.address, name=name)
+
+        def attempt() -> Result:
+            try:
+                return call()
+            except Exception as error:
+                redact(error)  # a request's address may be signed, and errors end up in logs
+                raise
+
         return with_retries(
-            call,
+            attempt,
             what=name,
             deadline_s=self._deadline_s,
             final=final,

@@ -32,6 +32,10 @@ def ours(error: Exception) -> Exception | None:
     return error if isinstance(error, VaejobError) else None
 
 
+class StoreDown(BucketError):  # noqa: N818 - a state of the store
+    """Every attempt has failed until the deadline, for no reason that is final."""
+
+
 class Outage:
     """How long a store has failed everyone: its callers wait for it together, not one after the other."""
 
@@ -65,7 +69,7 @@ def with_retries(
     cause: Callable[[Exception], str] = lambda error: type(error).__name__,
     outage: Outage | None = None,
 ) -> Result:
-    """What the call returns; raises what `final` makes of an error that no repetition mends, else BucketError.
+    """What the call returns; raises what `final` makes of an error that no repetition mends, else StoreDown.
 
     The last attempt starts at the deadline and is not interrupted, so the call must have a time-out of its own. Where an
     outage is shared, the deadline counts from its first failure; a call that begins later still makes one attempt.
@@ -83,7 +87,7 @@ def with_retries(
             waited_s = max(outage.lasts_s(attempted=attempted), time.monotonic() - started)
             if waited_s >= deadline_s:
                 tried = f"gave up after {waited_s:.0f} s and {attempt + 1} attempts"
-                raise BucketError(f"{what}: {tried}: {explain(error)}") from error
+                raise StoreDown(f"{what}: {tried}: {explain(error)}") from error
             _count_retry(cause(error))
         else:
             outage.over()

@@ -3,18 +3,27 @@
 import hashlib
 import io
 import math
+import re
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vaejob.config import JobConfig, parse_config
 from vaejob.errors import CheckpointError, ObjectMissing, RunError
-from vaejob.storage.bucket import Bucket
+from vaejob.storage.bucket import Bucket, NotOffered
+from vaejob.storage.fence import Token, take_token
+
+READS_OF_DAMAGE = 3
+"""A byte may have been flipped on its way here."""
+
+REQUESTS_AT_ONCE = 16
+"""A state has a file of each worker."""
 
 JOB_KEY = "job.yaml"
 
@@ -32,6 +41,13 @@ class StateFile(_Part):
     size: int = Field(ge=0)
     sha256: str
 
+    @field_validator("key")
+    @classmethod
+    def _of_a_state(cls, key: str) -> str:
+        if not key.startswith("states/") or any(part in ("", ".", "..") for part in key.split("/")):
+            raise ValueError(f"{key!r} names no file of a state of this run")
+        return key
+
 
 class Record(_Part):
     """One checkpoint: everything needed to go on from it, and to believe its numbers."""
@@ -39,6 +55,8 @@ class Record(_Part):
     format: Literal[1] = 1
     images_seen: int = Field(ge=0)
     attempt: str
+    begun: int = Field(default=0, ge=0)
+    """Number of the start of the job that wrote it, as in attempts/; 0: from before they had numbers."""
     world_size: int = Field(ge=1)
     written_at: str
     shape: tuple[int, int, int]
@@ -74,14 +92,28 @@ def read_job(run: Bucket) -> JobConfig:
     return parse_config(text, source=f"{run.url}/{JOB_KEY}")
 
 
-def begin_attempt(run: Bucket, job: JobConfig, *, who: str) -> None:
-    """Notes a start of the job; job.yaml is its configuration from now on.
+class StateOf(NamedTuple):
+    """What a state's file is of."""
+
+    images_seen: int
+    attempt: str
+
+
+def attempt_of(key: str) -> StateOf | None:
+    """By its key; None for what is no file of a state."""
+    match = re.fullmatch(r"states/(\d{12})/(.+)-\d+of\d+\.safetensors", key)
+    return StateOf(int(match[1]), match[2]) if match else None
+
+
+def begin_attempt(run: Bucket, job: JobConfig, *, who: str) -> Token:
+    """Notes a start of the job, which ends all earlier ones; job.yaml is its configuration from now on.
 
     The caller has made sure that it leads to the same results as before; length or workers may differ.
     """
-    text = f"# {who}\n{job.to_yaml()}".encode()
-    run.write(f"attempts/{new_attempt()}.yaml", text)
-    run.write(JOB_KEY, text)
+    text = f"# {who}\n{job.to_yaml()}"
+    token = take_token(run, text)
+    run.write(JOB_KEY, text.encode())
+    return token
 
 
 def write_state_file(run: Bucket, key: str, data: bytes) -> StateFile:
@@ -94,30 +126,59 @@ def write_state_file(run: Bucket, key: str, data: bytes) -> StateFile:
 
 def read_state_file(run: Bucket, file: StateFile) -> bytes:
     """The file, checked. Raises CheckpointError if it is gone or differs from what the record says."""
-    try:
-        data = run.read(file.key)
-    except ObjectMissing:
-        raise CheckpointError(f"{run.url}/{file.key} is gone; its record still names it") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != file.sha256:
-        raise CheckpointError(f"{run.url}/{file.key}: sha256 is {found[:12]}, its record says {file.sha256[:12]}")
-    return data
+    for _ in range(READS_OF_DAMAGE):
+        try:
+            data = run.read(file.key)
+        except ObjectMissing:
+            raise CheckpointError(f"{run.url}/{file.key} is gone; its record still names it") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found == file.sha256:
+            return data
+    raise CheckpointError(f"{run.url}/{file.key}: sha256 is {found[:12]}, its record says {file.sha256[:12]}")
 
 
 def write_record(run: Bucket, record: Record) -> None:
-    run.write(record_key(record.images_seen), record.model_dump_json(indent=1).encode())
+    """Whatever stands in its place."""
+    run.write(record_key(record.images_seen), _to_json(record))
+
+
+def commit_record(run: Bucket, record: Record, token: Token) -> None:
+    """Writes the record of the start that holds the token. Raises TakenOver if there is a later one.
+
+    A record that is already there is this one, whose reply was lost, or is superseded: damaged, or of a way not gone on.
+    """
+    token.check(run)
+    key, data = record_key(record.images_seen), _to_json(record)
+    try:
+        if token.exclusive and (run.create(key, data) or run.read(key) == data):
+            return
+    except (NotOffered, ObjectMissing):
+        pass
+    token.check(run)  # a later start may have written it just now
+    run.write(key, data)
+
+
+def _to_json(record: Record) -> bytes:
+    return record.model_dump_json(indent=1).encode()
 
 
 def read_record(run: Bucket, images_seen: int) -> Record:
     """Raises RunError if there is no such record, CheckpointError if it is damaged."""
     key = record_key(images_seen)
-    try:
-        return Record.model_validate_json(run.read(key))
-    except ObjectMissing:
-        known = ", ".join(str(images) for images in recorded_images(run)) or "none"
-        raise RunError(f"{run.url} has no checkpoint at {images_seen} images; it has: {known}") from None
-    except ValidationError as error:
-        raise CheckpointError(f"{run.url}/{key} is damaged: {error.errors()[0]['msg']}") from None
+    why = ""
+    for _ in range(READS_OF_DAMAGE):
+        try:
+            record = Record.model_validate_json(run.read(key))
+        except ObjectMissing:
+            known = ", ".join(str(images) for images in recorded_images(run)) or "none"
+            raise RunError(f"{run.url} has no checkpoint at {images_seen} images; it has: {known}") from None
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            continue
+        if record.images_seen == images_seen:
+            return record
+        why = f"it is the record of {record.images_seen} images"
+    raise CheckpointError(f"{run.url}/{key} is damaged: {why}")
 
 
 def recorded_images(run: Bucket) -> list[int]:
@@ -132,8 +193,10 @@ def newest_record(run: Bucket) -> tuple[Record | None, list[str]]:
     for images_seen in reversed(recorded_images(run)):
         try:
             record = read_record(run, images_seen)
-            for file in record.files:
-                if (size := run.size(file.key)) != file.size:
+            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+                sizes = list(pool.map(run.size, (file.key for file in record.files)))
+            for file, size in zip(record.files, sizes, strict=True):
+                if size != file.size:
                     raise CheckpointError(f"{run.url}/{file.key}: {size} bytes, its record says {file.size}")
             return record, damage
         except CheckpointError as error:
@@ -187,6 +250,12 @@ ROW_SCHEMA = pa.schema(
         "retries": pa.int64(),  # requests to the bucket that were repeated, of all workers
         "retry_causes": pa.string(),  # their number by cause, as JSON
         "learning_rate": pa.float64(),
+        "halvings": pa.int64(),  # of it, each when the job went back to a checkpoint
+        "steps": pa.int64(),  # optimisation steps since the row before, the skipped ones included
+        "skipped_steps": pa.int64(),  # their gradient was too large, or not finite
+        "non_finite_steps": pa.int64(),  # of the skipped, those whose gradient was not finite
+        "gradient_norms": pa.float64(),  # sum of the gradient's norm, before clipping, over the steps taken
+        "replica_checksum": pa.string(),  # of the weights' bits, in hex; the same on all workers
         "ids_digest": pa.string(),  # data.order.ids_digest of the images trained on, in hex
         "images": pa.int64(),
         "dims": pa.int64(),
@@ -210,18 +279,32 @@ ROW_SCHEMA = pa.schema(
 """Columns of metrics/: sums over images, never means."""
 
 
-def write_rows(run: Bucket, rows: Sequence[Row], *, sequence: int) -> None:
-    """Adds reports to the run's history as one small Parquet file; rows of one attempt come with rising sequence."""
+BEGUN, SEQUENCE = b"vaejob.begun", b"vaejob.sequence"
+
+
+def write_rows(run: Bucket, rows: Sequence[Row], *, sequence: int, begun: int = 0) -> None:
+    """Puts reports of one attempt into the run's history as one Parquet file, in place of the one of the same sequence.
+
+    sequence: rises with the files of one start of the job. begun: the number of the start, as in attempts/. The file says both: names go by clocks, which may differ.
+    """
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=ROW_SCHEMA), sink)
+    schema = ROW_SCHEMA.with_metadata({BEGUN: str(begun), SEQUENCE: str(sequence)})
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink)
     run.write(f"metrics/{rows[0]['attempt']}-{sequence:06d}.parquet", sink.getvalue())
 
 
 def read_rows(run: Bucket) -> list[Row]:
     """The run's history as if it had never been interrupted: an attempt replaces all that came after its start."""
+    files: list[tuple[int, int, list[Row]]] = []
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        read = list(pool.map(run.read, run.keys("metrics/")))
+    for data in read:
+        table = pq.read_table(io.BytesIO(data))
+        said = table.schema.metadata or {}
+        begun = int(said.get(BEGUN, 0))
+        files.append((begun, int(said[SEQUENCE]) if begun else 0, table.to_pylist()))
     rows: list[Row] = []
-    for key in run.keys("metrics/"):
-        written = pq.read_table(io.BytesIO(run.read(key))).to_pylist()
+    for _, _, written in sorted(files, key=lambda file: file[:2]):  # those of one place keep the order of their names
         started_at = written[0]["attempt_started_at_images"]
         attempt = written[0]["attempt"]
         rows = [row for row in rows if row["attempt"] == attempt or row["images_seen"] <= started_at] + written
