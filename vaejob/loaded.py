@@ -1,24 +1,35 @@
 """A trained model from nothing but its run's address: encode, decode, sample, score. Needs no Ray."""
 
+import hashlib
+import json
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from vaejob.config import JobConfig
+from vaejob.config import JobConfig, Precision, parse_config
 from vaejob.data.batches import DataSet
-from vaejob.errors import RunError
+from vaejob.errors import CheckpointError, RunError
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound
 from vaejob.metrics import LayerTotals, LikelihoodTotals
 from vaejob.model.gaussian import Gaussian
 from vaejob.model.noise import Noise, image_noise
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Record, choose_record, read_job
-from vaejob.training.checkpoint import load_state, read_state
+from vaejob.training.checkpoint import load_best, read_state
 from vaejob.training.evaluate import evaluate, layer_diagnostics
-from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
+from vaejob.training.step import draw_levels, evaluation_noise, make_scorer, require_compiler
+
+EXPORT_MARKER, EXPORT_FORMAT = "export.json", 1
+EXPORT_FILES = ("model.safetensors", "job.yaml")
+"""What an export's marker has checksums of."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +46,13 @@ class LoadedModel:
     def encode(self, images: UInt8[Tensor, "B C H W"] | np.ndarray, ids: np.ndarray | None = None) -> Gaussian:
         """The approximate posterior q(z | x) of each image: mean and log standard deviation; of two layers the lower.
 
-        Raises RunError for a ladder of codes, of which only the top one depends on the image alone.
+        Raises RunError for a ladder of codes, of which only the top one depends on the image alone, and without an encoder.
         """
         self._refuse_ladder()
+        if self.job.model.family == "decoder-only":
+            raise RunError(
+                f"{self.address} has no encoder: no code follows from an image; use sample, or decode a code"
+            )
         levels, _ = self._levels(images, ids)
         return self.scorer.vae.encode(self.scorer.pixels.to_inputs(levels))
 
@@ -82,22 +97,39 @@ class LoadedModel:
             return torch.neg(terms.distortion + terms.rate)
         return importance_bound(self.scorer.vae, self.scorer.pixels, levels, noise, samples=samples).log_likelihood
 
-    def evaluate(self, data: DataSet, *, samples: int = 1, rank: int = 0, world_size: int = 1) -> LikelihoodTotals:
-        """Totals over a data set, or over one of world_size parts of it, each image once; weights() tells of K > 1 samples."""
-        blocks = data.evaluation_blocks(rank=rank, world_size=world_size)
-        return evaluate(
-            self.scorer,
-            blocks,
-            dims_per_image=data.manifest.dims,
-            config=self.job.likelihood,
-            device=self.device,
-            samples=samples,
-        )
+    def evaluate(
+        self,
+        data: DataSet,
+        *,
+        samples: int = 1,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> LikelihoodTotals:
+        """Totals over a data set, or over one of world_size parts of it, each image once; weights() tells of K > 1 samples.
+
+        precision: of the networks' products; bf16 is faster where the hardware has it, and changes the bound a little.
+        compiled: a score of several samples takes seconds to begin, and is faster from then on.
+        """
+        if compiled:
+            require_compiler("the score is to be compiled", otherwise="evaluate without --compile")
+        with closing(data.evaluation_blocks(rank=rank, world_size=world_size)) as blocks:
+            return evaluate(
+                self.scorer,
+                blocks,
+                dims_per_image=data.manifest.dims,
+                config=self.job.likelihood,
+                device=self.device,
+                samples=samples,
+                precision=precision,
+                compiled=compiled,
+            )
 
     def layer_diagnostics(self, data: DataSet, *, rank: int = 0, world_size: int = 1) -> LayerTotals:
         """Rate and active units of each stochastic layer over a data set, or over one of world_size parts of it."""
-        blocks = data.evaluation_blocks(rank=rank, world_size=world_size)
-        return layer_diagnostics(self.scorer, blocks, config=self.job.likelihood, device=self.device)
+        with closing(data.evaluation_blocks(rank=rank, world_size=world_size)) as blocks:
+            return layer_diagnostics(self.scorer, blocks, config=self.job.likelihood, device=self.device)
 
     def _levels(self, images: Tensor | np.ndarray, ids: np.ndarray | None) -> tuple[Tensor, Noise]:
         images = torch.as_tensor(images, device=self.device)
@@ -108,14 +140,49 @@ class LoadedModel:
 
 
 def load(address: str, *, checkpoint: str = "latest", device: str | torch.device = "cpu") -> LoadedModel:
-    """The model of the run at an address, at its latest or best checkpoint or at a number of images.
+    """The model of the run at an address, at its latest or best checkpoint or at a number of images, with the averaged weights
+    if the run has them; or that of a folder that `vaejob export` wrote, which has one checkpoint.
 
     Raises RunError where there is no run or no such checkpoint, CheckpointError where it is damaged.
     """
-    run = open_bucket(address)
-    job = read_job(run)
-    record = choose_record(run, checkpoint)
-    scorer = make_scorer(job, shape=record.shape)
-    load_state(read_state(run, record), scorer, optimizer=None)
+    folder = Path(address).expanduser()
+    if "://" not in address and (folder / EXPORT_MARKER).is_file():
+        job, record, tensors = _read_export(folder)
+        if checkpoint not in ("latest", "best", str(record.images_seen)):
+            raise RunError(
+                f"{folder} is an export of one checkpoint, {record.images_seen}; checkpoint is {checkpoint!r}"
+            )
+    else:
+        run = open_bucket(address)
+        job = read_job(run)
+        record = choose_record(run, checkpoint)
+        tensors = read_state(run, record)
+    scorer = make_scorer(job, shape=record.shape, images=len(tensors.get("model.vae.table", ())))
+    load_best(tensors, scorer)
     scorer.to(device).eval()
     return LoadedModel(address, job, record, scorer, torch.device(device))
+
+
+def _read_export(folder: Path) -> tuple[JobConfig, Record, dict[str, Tensor]]:
+    """Raises CheckpointError for an export that is not whole."""
+    try:
+        about = json.loads((folder / EXPORT_MARKER).read_bytes())
+        if about["format"] != EXPORT_FORMAT:
+            raise CheckpointError(
+                f"{folder} is an export of format {about['format']}; this vaejob reads {EXPORT_FORMAT}"
+            )
+        contents = {name: (folder / name).read_bytes() for name in EXPORT_FILES}
+        for name, data in contents.items():
+            if hashlib.sha256(data).hexdigest() != about["sha256"][name]:
+                raise CheckpointError(f"{folder / name} is damaged: its sha256 is not what {EXPORT_MARKER} says")
+        record = Record.model_validate(about["record"])
+        job = parse_config(contents["job.yaml"].decode(), source=str(folder / "job.yaml"))
+        return job, record, load_tensors(contents["model.safetensors"])
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} of an export cannot be read: {error.strerror}; export it again"
+        ) from None
+    except (KeyError, TypeError, ValueError, ValidationError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / EXPORT_MARKER} is damaged ({type(error).__name__}); export it again"
+        ) from None

@@ -34,9 +34,10 @@ class Bernoulli:
         return levels.float()
 
     def log_prob(self, parameters: Float[Tensor, "B P H W"], levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-        # log sigma(l) for a one, log sigma(-l) for a zero; log sigma(l) = -softplus(-l)
-        sign = 1 - 2 * levels.float()
-        return -F.softplus(sign * parameters.float()).flatten(1).sum(1)
+        # log sigma(l) for a one, log sigma(-l) for a zero; log sigma(l) = -softplus(-l). In place where nothing is recorded:
+        # what scoring costs besides the network is the memory that passes here.
+        sign = levels.float().mul_(-2).add_(1)
+        return F.softplus(sign.mul_(parameters.float())).flatten(1).sum(1).neg()
 
     def sample(self, parameters: Float[Tensor, "B P H W"], noise: Noise) -> UInt8[Tensor, "B C H W"]:
         return (noise.uniform(PIXELS, tuple(parameters.shape[1:])) < self.mean(parameters)).to(torch.uint8)
@@ -98,11 +99,4 @@ class ContinuousBernoulli(GreyLevels):
         return 0.5 + torch.where(u.abs() < 0.3, near, 1 / safe.tanh() - 1 / safe) / 2
 
     def initial_parameters(self, mean_levels: Float[Tensor, "C H W"]) -> Float[Tensor, "P H W"]:
-        # The mean has no inverse in closed form; it grows with the logit, so halving an interval finds it.
-        wanted = (mean_levels.float() / (self.levels - 1)).clamp(0.01, 0.99).unsqueeze(0)
-        low, high = torch.full_like(wanted, -256.0), torch.full_like(wanted, 256.0)
-        for _ in range(32):
-            middle = (low + high) / 2
-            under = self.mean(middle) < wanted
-            low, high = torch.where(under, middle, low), torch.where(under, high, middle)
-        return ((low + high) / 2).squeeze(0)
+        return self.parameters_with_mean(mean_levels, lambda logit: logit, self.mean, within=256.0)

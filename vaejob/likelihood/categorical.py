@@ -34,9 +34,12 @@ class Categorical(GreyLevels):
 
     def initial_parameters(self, mean_levels: Float[Tensor, "C H W"]) -> Float[Tensor, "P H W"]:
         # A broad logistic about each mean, so that no level starts out of reach.
-        mean = 2 * mean_levels.float() / (self.levels - 1) - 1
-        every = torch.arange(self.levels, device=mean.device).view(-1, 1, 1, 1).expand(-1, *mean.shape)
-        return log_mass(mean, torch.full_like(mean, -1.0), every, count=self.levels).flatten(0, 1)
+        every = torch.arange(self.levels, device=mean_levels.device).view(-1, 1, 1, 1)
+
+        def logits(centre: Tensor) -> Tensor:
+            return log_mass(centre, torch.full_like(centre, -1.0), every, count=self.levels).flatten(0, 1).unsqueeze(0)
+
+        return self.parameters_with_mean(mean_levels, logits, self.mean)
 
     def _logits(self, parameters: Float[Tensor, "B P H W"]) -> Float[Tensor, "B K C H W"]:
-        return parameters.float().reshape(len(parameters), self.levels, -1, *parameters.shape[2:])
+        return parameters.float().reshape(parameters.shape[0], self.levels, -1, *parameters.shape[2:])

@@ -52,8 +52,10 @@ class DiscretizedGaussian(GreyLevels):
         return total / top
 
     def initial_parameters(self, mean_levels: Float[Tensor, "C H W"]) -> Float[Tensor, "P H W"]:
-        mean = 2 * mean_levels.float() / (self.levels - 1) - 1
-        return torch.cat((mean, torch.full_like(mean, -1.5)))
+        def parameters(centre: Tensor) -> Tensor:
+            return torch.cat((centre, torch.full_like(centre, -1.5)), dim=1)
+
+        return self.parameters_with_mean(mean_levels, parameters, self.mean)
 
     def _split(self, parameters: Float[Tensor, "B P H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         mean, log_scale = parameters.float().chunk(2, dim=1)

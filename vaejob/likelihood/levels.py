@@ -4,6 +4,7 @@ Shapes: B images, C channels, H W pixels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,26 @@ class GreyLevels:
 
     def to_inputs(self, levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return (2 * levels.float() - (self.levels - 1)) / (self.levels - 1)
+
+    def parameters_with_mean(
+        self,
+        mean_levels: Float[Tensor, "C H W"],
+        parameters: Callable[[Tensor], Tensor],
+        mean: Callable[[Tensor], Tensor],
+        *,
+        within: float = 8.0,
+    ) -> Float[Tensor, "P H W"]:
+        """Parameters, of a centre in [-within, within], whose mean is mean_levels, but a hundredth off black and white.
+
+        There the centre would be infinite. mean grows with the centre: halving the interval finds it to 2^-32 of its length.
+        """
+        wanted = (mean_levels.float() / (self.levels - 1)).clamp(0.01, 0.99).unsqueeze(0)
+        low, high = torch.full_like(wanted, -within), torch.full_like(wanted, within)
+        for _ in range(32):
+            centre = (low + high) / 2
+            under = mean(parameters(centre)) < wanted
+            low, high = torch.where(under, centre, low), torch.where(under, high, centre)
+        return parameters((low + high) / 2).squeeze(0)
 
     def to_uint8(self, pixels: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
         return to_grey(pixels, levels=self.levels)

@@ -17,7 +17,7 @@ def log_mass(mean: Tensor, log_scale: Tensor, levels: Tensor, *, count: int) -> 
     inverse_scale, top = (-log_scale).exp(), count - 1
     # The bin of level j is [2j - n, 2j - n + 2] / (n - 1). Neighbours round their common edge alike, so that
     # what one gains by rounding the other loses.
-    edge = 2 * levels.float() - count
+    edge = 2 * levels.to(mean.dtype) - count
     # log(sigma(b) - sigma(a)) = log sigma(b) + log sigma(-a) + log(1 - e^-width), width = b - a
     below = F.logsigmoid(((edge + 2) / top - mean) * inverse_scale)
     above = F.logsigmoid((mean - edge / top) * inverse_scale)
@@ -53,8 +53,10 @@ class DiscretizedLogistic(GreyLevels):
         return expected_level(*self._split(parameters), count=self.levels)
 
     def initial_parameters(self, mean_levels: Float[Tensor, "C H W"]) -> Float[Tensor, "P H W"]:
-        mean = 2 * mean_levels.float() / (self.levels - 1) - 1
-        return torch.cat((mean, torch.full_like(mean, -2.0)))
+        def parameters(centre: Tensor) -> Tensor:
+            return torch.cat((centre, torch.full_like(centre, -2.0)), dim=1)
+
+        return self.parameters_with_mean(mean_levels, parameters, self.mean)
 
     def _split(self, parameters: Float[Tensor, "B P H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         mean, log_scale = parameters.float().chunk(2, dim=1)
@@ -111,7 +113,12 @@ class DiscretizedLogisticMixture(GreyLevels):
         return torch.cat(drawn, 1)
 
     def mean(self, parameters: Float[Tensor, "B P H W"]) -> Float[Tensor, "B C H W"]:
-        """Exact for one channel and for red; green and blue take each component's mean of the channels before."""
+        """Exact for one channel, for red, and where nothing is coupled; for pictures only.
+
+        Green and blue take each component's mean of the channels before, as if the ends of the grey scale were far: exactly
+        it would be a sum over all levels of red and green. Within 0.02 of it where scales are below e^-3 and components
+        keep to [-0.8, 0.8]; the error is larger the more mass is cut off at either end.
+        """
         mixture = self._split(parameters)
         levels: list[Tensor] = []
         for c, mean in enumerate(mixture.mean.unbind(2)):
@@ -121,20 +128,23 @@ class DiscretizedLogisticMixture(GreyLevels):
         return torch.einsum("bmhw,bmchw->bchw", mixture.log_weights.exp(), torch.stack(levels, 2))
 
     def initial_parameters(self, mean_levels: Float[Tensor, "C H W"]) -> Float[Tensor, "P H W"]:
-        mean, m = 2 * mean_levels.float() / (self.levels - 1) - 1, self.components
-        # Spread about the pixel's mean: components that started alike would stay alike.
-        spread = torch.linspace(-0.5, 0.5, m, device=mean.device) if m > 1 else torch.zeros(1, device=mean.device)
-        means = (mean + spread.view(-1, 1, 1, 1)).flatten(0, 1)
-        start = mean.new_zeros(self.parameters(len(mean)), *mean.shape[1:])
-        start[m : m + len(means)] = means
-        start[m + len(means) : m + 2 * len(means)] = -2.0
-        return start
+        m, channels = self.components, len(mean_levels)
+        # Spread about one centre: components that started alike would stay alike.
+        spread = (torch.linspace(-0.5, 0.5, m) if m > 1 else torch.zeros(1)).to(mean_levels.device).view(-1, 1, 1, 1)
+
+        def parameters(centre: Tensor) -> Tensor:
+            means = (centre + spread).flatten(0, 1)
+            planes = self.parameters(channels) - m - 2 * len(means)  # nothing is coupled
+            zeros = means.new_zeros(m + planes, *means.shape[1:])
+            return torch.cat((zeros[:m], means, torch.full_like(means, -2.0), zeros[m:])).unsqueeze(0)
+
+        return self.parameters_with_mean(mean_levels, parameters, self.mean)
 
     def _split(self, parameters: Float[Tensor, "B P H W"]) -> Mixture:
         flat, m = parameters.float(), self.components
         planes = flat.shape[1] // m  # 1 + 2C of them, or 10 for RGB
         channels = 3 if planes == 10 else (planes - 1) // 2
-        sizes, n = (len(flat), m, channels, *flat.shape[2:]), m * channels
+        sizes, n = (flat.shape[0], m, channels, *flat.shape[2:]), m * channels
         mean, log_scale = flat[:, m : m + n].reshape(sizes), flat[:, m + n : m + 2 * n].reshape(sizes)
         coupling = flat[:, m + 2 * n :].reshape(sizes).tanh() if channels == 3 else None
         return Mixture(flat[:, :m].log_softmax(1), mean, log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE), coupling)

@@ -4,6 +4,7 @@ import torch
 
 from vaejob.config import ModelConfig
 from vaejob.model.conv import ConvVAE
+from vaejob.model.decoder_only import DecoderOnlyVAE
 from vaejob.model.hierarchical import HierarchicalVAE
 from vaejob.model.mlp import DenseVAE
 from vaejob.model.tied import TiedVAE
@@ -13,8 +14,10 @@ from vaejob.model.vae import VAE
 __all__ = ["VAE", "build_model"]
 
 
-def build_model(config: ModelConfig, *, shape: tuple[int, int, int], output_planes: int, seed: int) -> VAE:
-    """The model of one job on the CPU, with weights that depend on the seed alone."""
+def build_model(
+    config: ModelConfig, *, shape: tuple[int, int, int], output_planes: int, seed: int, images: int = 0
+) -> VAE:
+    """The model of one job on the CPU, with weights that depend on the seed alone; decoder-only: a code for each of images."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs for good
         match config.family:
@@ -28,3 +31,5 @@ def build_model(config: ModelConfig, *, shape: tuple[int, int, int], output_plan
                 return TiedVAE(config, shape=shape, output_planes=output_planes)
             case "hierarchical":
                 return HierarchicalVAE(config, shape=shape, output_planes=output_planes)
+            case "decoder-only":
+                return DecoderOnlyVAE(config, shape=shape, output_planes=output_planes, seed=seed, images=images)

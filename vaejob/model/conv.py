@@ -50,11 +50,10 @@ class ConvVAE(VAE):
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
         mean, log_std = self.posterior(self.encoder(inputs).flatten(1)).chunk(2, dim=1)
-        # Between e^-5 and e^5 (after NVAE): an outlier early on cannot make the rate overflow.
-        return gaussian(mean, 5 * torch.tanh(log_std / 5))
+        return gaussian(mean, log_std, bounded=True)
 
     def decode(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B P H W"]:
-        deepest = self.from_latent(z).view(len(z), *self.deepest_shape)
+        deepest = self.from_latent(z).view(z.shape[0], *self.deepest_shape)
         parameters: Tensor = self.output(self.decoder(deepest))
         return parameters
 

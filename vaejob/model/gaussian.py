@@ -30,10 +30,17 @@ class Gaussian(NamedTuple):
         return Gaussian(self.mean.repeat(sizes), self.log_std.repeat(sizes))
 
 
-def gaussian(mean: Float[Tensor, " B *latent"], log_std: Float[Tensor, " B *latent"]) -> Gaussian:
-    """A Gaussian of what a network put out, widened to float32 where autocast left bfloat16."""
+def gaussian(
+    mean: Float[Tensor, " B *latent"], log_std: Float[Tensor, " B *latent"], *, bounded: bool = False
+) -> Gaussian:
+    """A Gaussian of what a network put out, widened to float32 where autocast left bfloat16.
+
+    bounded: the standard deviation stays between e^-5 and e^5, and is 1 at 0 (after NVAE), so that an outlier cannot make
+    the rate overflow; networks whose last units are bounded can do without.
+    """
     wide = torch.promote_types(mean.dtype, torch.float32)
-    return Gaussian(mean.to(wide), log_std.to(wide))
+    mean, log_std = mean.to(wide), log_std.to(wide)
+    return Gaussian(mean, 5 * torch.tanh(log_std / 5) if bounded else log_std)
 
 
 def standard_normal(like: Float[Tensor, " B *latent"]) -> Gaussian:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo as outside_compiled_graphs
 
 from vaejob.config import ModelConfig
 from vaejob.errors import ConfigError
@@ -88,17 +87,12 @@ class HierarchicalVAE(VAE):
     def _descend(self, maps: dict[int, Tensor], noise: Noise) -> Inference:
         """With the encoder's map of each size, codes from the posteriors; without any, from the priors."""
         layers: list[Layer] = []
-        eps = self._noise(noise)
-        state = self.start.expand(len(noise.keys), -1, -1, -1)
+        eps = [noise.normal(LATENT + layer, shape) for layer, shape in enumerate(self.code_shapes)]
+        state = self.start.expand(noise.keys.shape[0], -1, -1, -1)
         for rung, (_, _, size), own in zip(self.down, self.code_shapes, eps, strict=True):
             layer, state = rung(_grow(state, size), own, maps.get(size))
             layers.append(layer)
         return Inference(tuple(layers), self.output(F.gelu(state)))
-
-    @outside_compiled_graphs
-    def _noise(self, noise: Noise) -> list[Tensor]:
-        """For all blocks at once: the compiler steps out a single time, and the whole way down is one graph."""
-        return [noise.normal(LATENT + layer, shape) for layer, shape in enumerate(self.code_shapes)]
 
 
 class Rung(nn.Module):
@@ -162,11 +156,8 @@ def _conv(in_channels: int, out_channels: int, kernel: int, *, gain: float = 1.0
 
 
 def _bounded(scales: Float[Tensor, "B ZZ h w"]) -> Gaussian:
-    """Mean and logarithm of the standard deviation, in float32 from here on."""
-    mean, log_std = gaussian(*scales.chunk(2, dim=1))
-    # Between e^-5 and e^5 (after NVAE), and 1 at 0. A softplus with a floor would bound narrow scales alone; a wide
-    # posterior overflows the rate as well.
-    return Gaussian(mean, 5 * torch.tanh(log_std / 5))
+    """A softplus with a floor, as in other ladders, would bound narrow scales alone; a wide posterior overflows as well."""
+    return gaussian(*scales.chunk(2, dim=1), bounded=True)
 
 
 def _shrink(h: Float[Tensor, "B D H W"], size: int) -> Float[Tensor, "B D h w"]:

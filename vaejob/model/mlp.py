@@ -24,6 +24,7 @@ class DenseVAE(VAE):
         self.latent_shape = (config.latent,)
         self.output_shape = (output_planes, *shape[1:])
         activation = ACTIVATIONS[config.activation]
+        self.bounded = config.activation != "tanh"  # the paper's exp(linear) of units between -1 and 1
         self.encoder = dense([math.prod(shape), *config.hidden], activation)
         self.posterior = nn.Linear(config.hidden[-1], 2 * config.latent)
         self.decoder = dense([config.latent, *config.hidden[::-1]], activation)
@@ -32,11 +33,11 @@ class DenseVAE(VAE):
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
         mean, log_std = self.posterior(self.encoder(inputs.flatten(1))).chunk(2, dim=1)
-        return gaussian(mean, log_std)
+        return gaussian(mean, log_std, bounded=self.bounded)
 
     def decode(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B P H W"]:
         parameters: Tensor = self.output(self.decoder(z))
-        return parameters.view(len(z), *self.output_shape)
+        return parameters.view(z.shape[0], *self.output_shape)
 
     @torch.no_grad()
     def set_output_bias(self, parameters: Float[Tensor, "P H W"]) -> None:

@@ -56,18 +56,17 @@ class TiedVAE(VAE):
             nn.init.zeros_(self.others.weight)
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
-        h = inputs.reshape(len(inputs), *self.bottom_shape)
+        h = inputs.reshape(inputs.shape[0], *self.bottom_shape)
         for layer in self.layers:
             h = self.activation(layer.up(h))
         h = h.flatten(1)
-        # Between e^-5 and e^5 (after NVAE): an outlier early on cannot make the rate overflow.
-        return gaussian(self.mean.up(h), 5 * torch.tanh(self.log_std(h) / 5))
+        return gaussian(self.mean.up(h), self.log_std(h), bounded=True)
 
     def decode(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B P H W"]:
-        h = self.mean.down(z).view(len(z), *self.top_shape)
+        h = self.mean.down(z).view(z.shape[0], *self.top_shape)
         for layer in reversed(self.layers):
             h = layer.down(self.activation(h))
-        planes = h.view(len(z), *self.shape)
+        planes = h.view(z.shape[0], *self.shape)
         return planes if self.others is None else torch.cat((planes, self.others(planes)), dim=1)
 
     @torch.no_grad()

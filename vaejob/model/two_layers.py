@@ -32,11 +32,11 @@ class TwoLayerVAE(DenseVAE):
 
     def encode_upper(self, z1: Float[Tensor, "SB latent"]) -> Gaussian:
         """q(z2 | z1)"""
-        return gaussian(*self.upper_posterior(self.upper_encoder(z1)).chunk(2, dim=1))
+        return gaussian(*self.upper_posterior(self.upper_encoder(z1)).chunk(2, dim=1), bounded=self.bounded)
 
     def decode_upper(self, z2: Float[Tensor, "SB upper"]) -> Gaussian:
         """p(z1 | z2)"""
-        return gaussian(*self.lower_prior(self.upper_decoder(z2)).chunk(2, dim=1))
+        return gaussian(*self.lower_prior(self.upper_decoder(z2)).chunk(2, dim=1), bounded=self.bounded)
 
     def draw(self, encoding: Gaussian, noise: Noise, *, samples: int = 1) -> Inference:
         posterior = encoding.repeat(samples)

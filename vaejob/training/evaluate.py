@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaejob.config import LikelihoodConfig
-from vaejob.likelihood.bounds import NegativeELBO, importance_bound
+from vaejob.config import LikelihoodConfig, Precision
+from vaejob.likelihood.bounds import NegativeELBO, importance_bound, log_weights
 from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals, layer_totals
 from vaejob.model.noise import Noise
 from vaejob.training.step import draw_levels, evaluation_noise
@@ -28,16 +28,27 @@ def evaluate(
     config: LikelihoodConfig,
     device: torch.device,
     samples: int = 1,
+    precision: Precision = "fp32",
+    compiled: bool = False,
 ) -> LikelihoodTotals:
-    """Totals over the blocks: the ELBO with one z, or the IWAE bound with `samples` of them and what its weights tell."""
+    """Totals over the blocks: the ELBO with one z, or the IWAE bound with `samples` of them and what its weights tell.
+
+    precision: of the networks' products, in encoder and decoder. Densities and likelihoods are in float32, weights in
+    float64 for either: with bf16 it is the bound of a model whose weights and hidden layers are a little rounded.
+    compiled: where there are several samples; it takes seconds, and changes what rounding left.
+    """
+    weigh = torch.compile(log_weights) if compiled else log_weights
     totals = RunningTotals(dims_per_image=dims_per_image, device=device)
     for levels, noise in _levels(scorer, blocks, config=config, device=device):
-        terms = scorer(levels, noise.keys)
-        if samples == 1:
-            totals.add(terms)
-        else:
-            bound, effective_samples = importance_bound(scorer.vae, scorer.pixels, levels, noise, samples=samples)
-            totals.add(terms, negative_bound=-bound, effective_samples=effective_samples, samples=samples)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            terms = scorer(levels, noise.keys)
+            if samples == 1:
+                totals.add(terms)
+                continue
+            bound, effective_samples = importance_bound(
+                scorer.vae, scorer.pixels, levels, noise, samples=samples, weigh=weigh
+            )
+        totals.add(terms, negative_bound=-bound, effective_samples=effective_samples, samples=samples)
     return totals.to_host()
 
 

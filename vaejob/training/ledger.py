@@ -3,6 +3,7 @@
 Only a ledger writes rows and records, and only sums over all workers: no worker's own number appears in a run.
 """
 
+import itertools
 import json
 import platform
 from collections import Counter
@@ -11,26 +12,25 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from vaejob.config import JobConfig
-from vaejob.errors import CheckpointError
+from vaejob.errors import BucketError, CheckpointError, ClusterError
 from vaejob.metrics import LikelihoodTotals
 from vaejob.storage import Bucket
-from vaejob.storage.runs import (
-    Record,
-    Row,
-    StateFile,
-    delete_checkpoint,
-    held_out_nats,
-    read_record,
-    recorded_images,
-    write_record,
-    write_rows,
-)
+from vaejob.storage.fence import NOBODY, Token
+from vaejob.storage.patience import Patience
+from vaejob.storage.retry import StoreDown
+from vaejob.storage.runs import Record, Row, StateFile, commit_record, write_rows
+from vaejob.training.tidy import tidy
 from vaejob.training.worker import Event, Report
 from vaejob.version import VERSION
 
+ROWS_OF_A_FILE = 500
+
 
 class Ledger:
-    """Takes the reports of all ranks, together, in the order they were made."""
+    """Takes the reports of all ranks, together, in the order they were made.
+
+    It writes with the token of its start of the job, and only while no later start has taken one.
+    """
 
     def __init__(
         self,
@@ -42,26 +42,78 @@ class Ledger:
         test_images: int | None,
         shape: tuple[int, int, int],
         on_event: Callable[[Event], None],
+        token: Token = NOBODY,
     ) -> None:
-        self._run, self._job = run, job
+        self._run, self._job, self._token = run, job, token
         self._fingerprints = train_fingerprint, test_fingerprint
         self._test_images = test_images
         self._shape = shape
         self._on_event = on_event
+        self._file: list[Row] = []
         self._sequence = 0
         self._held_out: dict[tuple[str, int], LikelihoodTotals] = {}
         self._shares: dict[tuple[str, int], dict[int, StateFile]] = {}
+        self._committed: int | None = None
+        self._not_tidied = ""
+        self._patience = Patience(
+            job.checkpoint.outage_seconds, on_outage=self._tell_of_outage, on_return=self._tell_of_return
+        )
+        if not token.exclusive:
+            text = (
+                f"{run.url}: this store has no conditional writes; if two jobs of this run are started at the same moment, "
+                "nothing keeps one from replacing records of the other"
+            )
+            self._on_event(Event("note", {"text": text}))
 
     def add(self, moments: Sequence[Sequence[Report]]) -> None:
-        """For each moment, in order, one report of every rank. Raises what the bucket raises."""
+        """For each moment, in order, one report of every rank; waits while the bucket is out of reach.
+
+        Raises TakenOver once a later start of the job writes to the run, and what the bucket raises.
+        """
+        for reports in moments:
+            _refuse_unequal_replicas(reports)
         rows = [row for reports in moments for row in self._rows(reports)]
-        if rows:
-            write_rows(self._run, rows, sequence=self._sequence)
-            self._sequence += 1
+        # A file of rows is of one attempt; a job that goes back to a checkpoint begins another.
+        for _, of_attempt in itertools.groupby(rows, key=lambda row: row["attempt"]):
+            self._write_rows(list(of_attempt))
         for row in rows:
-            self._on_event(Event("row", row))
+            self._tell(row)
         for reports in moments:
             self._take_shares(reports)
+
+    def _write_rows(self, rows: list[Row]) -> None:
+        """A file is written anew, with what it held, until it is full: else a long job would leave millions."""
+        if self._file and (self._file[0]["attempt"] != rows[0]["attempt"] or len(self._file) >= ROWS_OF_A_FILE):
+            self._file, self._sequence = [], self._sequence + 1
+        self._file += rows
+
+        def write() -> None:
+            self._token.check(self._run)
+            write_rows(self._run, self._file, sequence=self._sequence, begun=self._token.number)
+
+        self._outlast(write)
+
+    def _outlast(self, write: Callable[[], None]) -> None:
+        try:
+            self._patience.outlast(write)
+        except BucketError as error:
+            newest = "no checkpoint" if self._committed is None else f"a checkpoint at {self._committed:,} images"
+            raise BucketError(
+                f"{error}; since it was started this job has left {newest} there: repeat the command to go on"
+            ) from error
+
+    def _tell_of_outage(self, error: StoreDown) -> None:
+        text = f"the bucket is out of reach, reports and checkpoints wait for it: {error}"
+        self._on_event(Event("note", {"text": text}))
+
+    def _tell_of_return(self, seconds: float) -> None:
+        self._on_event(Event("note", {"text": f"the bucket is back after {seconds:.0f} s; what waited is written"}))
+
+    def _tell(self, row: Row) -> None:
+        if row["split"] == "train" and row["skipped_steps"]:
+            text = f"at {row['images_seen']:,} images seen {row['skipped_steps']} of the last {row['steps']} steps were skipped"
+            self._on_event(Event("note", {"text": text}))
+        self._on_event(Event("row", row))
 
     def _take_shares(self, reports: Sequence[Report]) -> None:
         """Commits each state of which all ranks have now written their share."""
@@ -75,7 +127,8 @@ class Ledger:
             if key[0] != first.attempt:
                 del self._shares[key]  # of a group of workers that is gone: its state can no longer become whole
             elif len(shares) == first.world_size:
-                self._commit(*key, [shares[rank] for rank in sorted(shares)])
+                files = [shares[rank] for rank in sorted(shares)]
+                self._commit(*key, files, started_at_images=first.attempt_started_at_images)
                 del self._shares[key]
 
     def _rows(self, reports: Sequence[Report]) -> list[Row]:
@@ -104,6 +157,12 @@ class Ledger:
                     "retries": retries.total(),
                     "retry_causes": json.dumps(dict(retries.most_common())),
                     "learning_rate": first.learning_rate,
+                    "halvings": first.halvings,
+                    "steps": first.steps,
+                    "skipped_steps": first.skipped_steps,
+                    "non_finite_steps": first.non_finite_steps,
+                    "gradient_norms": first.gradient_norms,
+                    "replica_checksum": f"{first.replica_checksum:016x}",
                     "objective_nats": sum(report.objective_nats for report in reports),
                     "ids_digest": f"{sum(report.ids_digest for report in reports) % 2**64:016x}",
                 }
@@ -119,12 +178,13 @@ class Ledger:
             rows.append({**common, **held_out.to_dict(), "split": "test"})
         return rows
 
-    def _commit(self, attempt: str, images_seen: int, files: Sequence[StateFile]) -> None:
+    def _commit(self, attempt: str, images_seen: int, files: Sequence[StateFile], *, started_at_images: int) -> None:
         held_out = self._held_out.pop((attempt, images_seen), None)
         train_fingerprint, test_fingerprint = self._fingerprints
         record = Record(
             images_seen=images_seen,
             attempt=attempt,
+            begun=self._token.number,
             world_size=len(files),
             written_at=_now(),
             shape=self._shape,
@@ -135,18 +195,38 @@ class Ledger:
             files=tuple(files),
             versions=versions(),
         )
-        write_record(self._run, record)
+        self._outlast(lambda: commit_record(self._run, record, self._token))
+        self._committed = images_seen
         self._on_event(Event("record", record.model_dump()))
-        self._retire()
+        self._tidy(record, started_at_images=started_at_images)
 
-    def _retire(self) -> None:
-        """Deletes checkpoints that are neither among the newest nor among the best."""
-        recorded = [read_record(self._run, images_seen) for images_seen in recorded_images(self._run)]
-        scored = sorted((record for record in recorded if record.held_out), key=held_out_nats)
-        kept = recorded[-self._job.checkpoint.keep_last :] + scored[: self._job.checkpoint.keep_best]
-        for record in recorded:
-            if record not in kept:
-                delete_checkpoint(self._run, record)
+    def _tidy(self, newest: Record, *, started_at_images: int) -> None:
+        """What cannot be deleted stays, and is tried again with the next checkpoint."""
+        try:
+            tidy(
+                self._run,
+                self._job.checkpoint,
+                newest=newest,
+                started_at_images=started_at_images,
+                token=self._token,
+            )
+        except BucketError as error:
+            if self._not_tidied != str(error):
+                self._not_tidied = str(error)
+                self._on_event(Event("note", {"text": f"old checkpoints could not be removed: {error}"}))
+
+
+def _refuse_unequal_replicas(reports: Sequence[Report]) -> None:
+    """Raises ClusterError: workers that no longer hold the same weights train different models."""
+    (usual, _), *others = Counter(report.replica_checksum for report in reports).most_common()
+    if others:
+        first = next(report for report in reports if report.replica_checksum == usual)
+        differ = [str(report.rank) for report in reports if report.replica_checksum != usual]
+        raise ClusterError(
+            f"the weights of worker{'s' if len(differ) > 1 else ''} {', '.join(differ)} of {first.world_size} differ from "
+            f"those of worker {first.rank} at {first.images_seen} images seen; repeat the command to continue from the "
+            "newest checkpoint, where they were equal"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -13,26 +14,17 @@ from vaejob.config import JobConfig
 from vaejob.data.ahead import in_background
 from vaejob.data.batches import Batch, DataSet
 from vaejob.data.order import ids_digest
-from vaejob.errors import ConfigError
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.metrics import LikelihoodTotals, RunningTotals
 from vaejob.storage.retry import retries_so_far
-from vaejob.training.checkpoint import StateWriter, state_tensors
+from vaejob.training.checkpoint import StateWriter, TrainState
 from vaejob.training.evaluate import evaluate
-from vaejob.training.schedule import beta, due, learning_rate
-from vaejob.training.step import StepTerms, train_step
-from vaejob.training.worker import Report, Worker
+from vaejob.training.schedule import average_share, beta, due, learning_rate
+from vaejob.training.stability import diverged, refuse_to_go_on, replica_checksum
+from vaejob.training.step import StepTerms, move_average, require_compiler, train_step
+from vaejob.training.worker import Report, Worker, moved
 
 Item = TypeVar("Item")
-
-
-@dataclass
-class TrainState:
-    """What a checkpoint holds and a resumed job puts back."""
-
-    scorer: NegativeELBO
-    optimizer: torch.optim.Optimizer
-    images_seen: int
 
 
 def train(
@@ -40,7 +32,7 @@ def train(
     worker: Worker,
     state: TrainState,
     *,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[Batch, Tensor]],
     images_per_epoch: int,
     dims_per_image: int,
     held_out: DataSet | None,
@@ -49,51 +41,65 @@ def train(
     notes: tuple[str, ...] = (),
     retries_before: Counter[str],
 ) -> None:
-    """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end."""
-    model = _distributed(state.scorer, worker)
+    """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end.
+
+    Raises Diverged where training cannot go on from here, ConfigError where it has gone back often enough.
+    """
+    model = _compiled(state.scorer, worker, job)
     window = Window(
-        worker,
-        attempt,
-        started_at_images=state.images_seen,
-        dims_per_image=dims_per_image,
-        notes=notes,
-        retries_before=retries_before,
+        job, worker, state, attempt, dims_per_image=dims_per_image, notes=notes, retries_before=retries_before
     )
-    for batch, images in window.timed(_pinned(batches, worker.device)):
+    for batch, images in window.timed(batches):
         before = state.images_seen
         state.images_seen = batch.place.epoch * images_per_epoch + batch.place.stop
-        rate = learning_rate(job.optimizer, images_seen=before, images=job.training.images)
-        terms = train_step(
-            model,
-            state.optimizer,
-            images.to(worker.device, non_blocking=True),
-            batch.ids,
-            job=job,
-            pixels=state.scorer.pixels,
-            epoch=batch.place.epoch,
-            beta=beta(job.objective, images_seen=before),
-            learning_rate=rate,
-            weight=worker.world_size / batch.place.images,
-        )
+        rate = state.guard.rate_factor * learning_rate(job.optimizer, images_seen=before, images=job.training.images)
+        terms = _step(job, worker, state, model, batch, images, before=before, learning_rate=rate)
         window.add(terms, batch)  # stays on the device
-        now = due(job, before=before, after=state.images_seen)
-        if not now.report:
+        moved(state.images_seen)
+        now, stop = due(job, before=before, after=state.images_seen), worker.should_stop()
+        if not now.report and not stop:
             continue
 
-        report = window.report(state.images_seen, learning_rate=rate)
-        _refuse_divergence(report)
-        stop = worker.should_stop()
-        if now.save or stop:
-            writer.save(state.images_seen, state_tensors(state.scorer, state.optimizer))
+        report = window.report(learning_rate=rate)
+        finished = state.images_seen >= job.training.images
+        if diverged(report, last=finished):
+            writer.finish()
+            worker.report(_with_saved(report, writer))
+            refuse_to_go_on(report)
+        if stop or finished or (now.save and not report.non_finite_in_a_row):  # nobody wants to go back to the brink
+            writer.save(state.images_seen, state.tensors())
         if now.evaluate and held_out is not None:
             report = replace(report, held_out=_held_out(job, worker, state, held_out))
-        worker.report(replace(report, saved=writer.saved()))
+        worker.report(_with_saved(report, writer))
         window.restart()
         if stop:
             break
 
     writer.finish()
-    worker.report(replace(window.report(state.images_seen), saved=writer.saved(), last=True))
+    worker.report(replace(_with_saved(window.report(), writer), last=True))
+
+
+def ready_for(
+    device: torch.device, batches: Generator[Batch, None, None]
+) -> Generator[tuple[Batch, Tensor], None, None]:
+    """Each batch with its images, uint8 [b, C, H, W]; for a GPU, in memory that it reads while the step before goes on.
+
+    Closes the batches when it is closed itself.
+    """
+    pinned = device.type == "cuda"
+
+    def tensors() -> Generator[tuple[Batch, Tensor], None, None]:
+        with closing(batches):
+            for batch in batches:
+                images = torch.from_numpy(batch.images)
+                yield batch, images.pin_memory() if pinned else images
+
+    return in_background(tensors(), depth=1) if pinned else tensors()
+
+
+def _with_saved(report: Report, writer: StateWriter) -> Report:
+    """With the states that are in the bucket since the report before, and those that were given up."""
+    return replace(report, saved=writer.saved(), notes=(*report.notes, *writer.notes()))
 
 
 class Window:
@@ -101,25 +107,29 @@ class Window:
 
     def __init__(
         self,
+        job: JobConfig,
         worker: Worker,
+        state: TrainState,
         attempt: str,
         *,
-        started_at_images: int,
         dims_per_image: int,
         notes: Iterable[str],
         retries_before: Counter[str],
     ) -> None:
-        self._worker, self._attempt, self._started_at_images = worker, attempt, started_at_images
+        self._worker, self._state, self._attempt = worker, state, attempt
+        self._started_at_images = state.images_seen
         self._totals = RunningTotals(dims_per_image=dims_per_image, device=worker.device)
         self._objective_nats = torch.zeros((), dtype=torch.float64, device=worker.device)
         self._notes = list(notes)
         self._told = set[str]()
         self._retries = retries_before
+        self._to_be_compiled = job.training.compile
         self.restart()
 
     def restart(self) -> None:
         self._totals.clear()
         self._objective_nats.zero_()
+        self._state.guard.restart()
         self._ids_digest = 0
         self._missing_images = 0
         self._began = time.perf_counter()
@@ -131,13 +141,19 @@ class Window:
         while True:
             asked = time.perf_counter()
             batch = next(source, None)
-            self._waited_seconds += time.perf_counter() - asked
+            self._got_batch = time.perf_counter()
+            self._waited_seconds += self._got_batch - asked
             if batch is None:
                 return
             yield batch
 
     def add(self, terms: StepTerms, batch: Batch) -> None:
         """Without waiting for the device."""
+        if self._to_be_compiled and self._worker.rank == 0:
+            self._notes.append(
+                f"compiled the model in {time.perf_counter() - self._got_batch:.1f} s, during the first step"
+            )
+        self._to_be_compiled = False
         self._totals.add(terms.bound)
         self._objective_nats += terms.objective_nats
         self._ids_digest += ids_digest(batch.ids, epoch=batch.place.epoch)
@@ -145,13 +161,14 @@ class Window:
         self._notes += [note for note in batch.notes if note not in self._told]
         self._told.update(batch.notes)
 
-    def report(self, images_seen: int, *, learning_rate: float = 0.0) -> Report:
+    def report(self, *, learning_rate: float = 0.0) -> Report:
         """The sums so far, and the notes since the last report; waits for the device."""
         notes, self._notes = self._notes, []
+        state, counts = self._state, self._state.guard.counts()
         retries = retries_so_far()
         new_retries, self._retries = retries - self._retries, retries
         return Report(
-            images_seen=images_seen,
+            images_seen=state.images_seen,
             attempt=self._attempt,
             attempt_started_at_images=self._started_at_images,
             rank=self._worker.rank,
@@ -160,6 +177,13 @@ class Window:
             objective_nats=float(self._objective_nats),
             ids_digest=self._ids_digest % 2**64,
             learning_rate=learning_rate,
+            halvings=state.guard.halvings,
+            steps=counts.steps,
+            skipped_steps=counts.skipped,
+            non_finite_steps=counts.non_finite,
+            non_finite_in_a_row=counts.non_finite_in_a_row,
+            gradient_norms=counts.norms,
+            replica_checksum=replica_checksum(state.scorer.parameters()),
             seconds=time.perf_counter() - self._began,
             data_wait_seconds=self._waited_seconds,
             missing_images=self._missing_images,
@@ -168,37 +192,69 @@ class Window:
         )
 
 
-def _distributed(scorer: NegativeELBO, worker: Worker) -> nn.Module:
+def _step(
+    job: JobConfig,
+    worker: Worker,
+    state: TrainState,
+    model: nn.Module,
+    batch: Batch,
+    images: Tensor,
+    *,
+    before: int,
+    learning_rate: float,
+) -> StepTerms:
+    """One batch: the weights move, and the averaged ones follow them."""
+    terms = train_step(
+        model,
+        state.optimizer,
+        images.to(worker.device, non_blocking=True),
+        batch.ids,
+        job=job,
+        pixels=state.scorer.pixels,
+        epoch=batch.place.epoch,
+        beta=beta(job.objective, images_seen=before),
+        learning_rate=learning_rate,
+        weight=worker.world_size / batch.place.images,
+        guard=state.guard,
+    )
+    if state.averaged is not None:
+        share = average_share(job.optimizer, before=before, after=state.images_seen)
+        move_average(state.averaged, state.scorer, share=share, skipped=terms.skipped)
+    return terms
+
+
+def _compiled(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module:
+    """What the step calls: compiled if that was asked for, and with the gradients of all ranks averaged if there are several."""
+    model: nn.Module = scorer
+    if job.training.compile:
+        require_compiler("training.compile is true", otherwise="set training.compile=false")
+        model = torch.compile(scorer)  # type: ignore[assignment]
+        if job.objective.gradient == "dreg":
+            # Its derivatives by the codes go through the graph before the backward pass does.
+            import torch._functorch.config as graphs
+
+            graphs.donated_buffer = False
     if worker.world_size == 1:
-        return scorer
+        return model
     devices = [worker.device] if worker.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
-        scorer, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
     )
 
 
 def _held_out(job: JobConfig, worker: Worker, state: TrainState, data: DataSet) -> LikelihoodTotals:
-    return evaluate(
-        state.scorer,
-        data.evaluation_blocks(rank=worker.rank, world_size=worker.world_size),
-        dims_per_image=data.manifest.dims,
-        config=job.likelihood,
-        device=worker.device,
-        samples=job.training.evaluate_samples,
-    )
-
-
-def _pinned(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with its images, uint8 [b, C, H, W]; for a GPU, in memory that it reads while the step before goes on."""
-    tensors = ((batch, torch.from_numpy(batch.images)) for batch in batches)
-    if device.type != "cuda":
-        return tensors
-    return in_background(((batch, images.pin_memory()) for batch, images in tensors), depth=1)
-
-
-def _refuse_divergence(report: Report) -> None:
-    if report.train.non_finite:
-        raise ConfigError(
-            f"the bound of {report.train.non_finite} images is not finite at {report.images_seen} images seen; start a "
-            "new run with a lower optimizer.learning_rate, or with optimizer.warmup_images or optimizer.clip set"
+    with closing(data.evaluation_blocks(rank=worker.rank, world_size=worker.world_size)) as blocks:
+        return evaluate(
+            state.best,
+            _moving(blocks, state.images_seen),
+            dims_per_image=data.manifest.dims,
+            config=job.likelihood,
+            device=worker.device,
+            samples=job.training.evaluate_samples,
         )
+
+
+def _moving(blocks: Iterable[Item], images_seen: int) -> Iterator[Item]:
+    for block in blocks:
+        yield block
+        moved(images_seen)

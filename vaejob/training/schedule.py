@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from vaejob.config import JobConfig, ObjectiveConfig, OptimizerConfig
 
+STAGES = 8
+STAGED_PARTS = (3**STAGES - 1) // 2
+
 
 class Due(NamedTuple):
     """What is to be done after a batch."""
@@ -28,14 +31,31 @@ def due(job: JobConfig, *, before: int, after: int) -> Due:
 
 
 def learning_rate(config: OptimizerConfig, *, images_seen: int, images: int) -> float:
-    """Linear warm-up, then constant or a half cosine that ends at zero when all images are seen."""
+    """Linear warm-up, then constant, a half cosine that ends at zero when all images are seen, or in stages."""
     rate = config.learning_rate
+    if config.schedule == "staged":
+        rate *= 10 ** (-_stage(images_seen, images=images) / (STAGES - 1))
     if images_seen < config.warmup_images:
         return rate * (images_seen + 1) / config.warmup_images
     if config.schedule == "cosine":
         done = (images_seen - config.warmup_images) / max(1, images - config.warmup_images)
         rate *= 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return rate
+
+
+def _stage(images_seen: int, *, images: int) -> int:
+    """Of the IWAE paper's: stage i lasts 3^i parts of all images, of which there are 3280 (Burda et al., 2016)."""
+    ends = ((3 ** (i + 1) - 1) // 2 for i in range(STAGES - 1))
+    return sum(images_seen * STAGED_PARTS >= end * images for end in ends)
+
+
+def average_share(config: OptimizerConfig, *, before: int, after: int) -> float:
+    """How far the averaged weights move towards the weights after a batch of (before, after] images: 1 - exp(-B / span).
+
+    A batch that lies `span` images back weighs 1 / e of the newest. The span is optimizer.ema, but at first a tenth of the
+    images seen, so that the initial weights are forgotten; then it is the same for any size of the global batch.
+    """
+    return -math.expm1(-(after - before) / min(config.ema, after / 10))
 
 
 def beta(config: ObjectiveConfig, *, images_seen: int) -> float:

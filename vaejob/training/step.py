@@ -1,5 +1,6 @@
 """One optimisation step: the gradient of the mean objective of the global batch, whatever each rank holds of it."""
 
+import platform
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +9,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig, LikelihoodConfig, OptimizerConfig
+from vaejob.errors import ConfigError
 from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, objective
 from vaejob.likelihood.pixels import ObservationModel, make_pixels
 from vaejob.model import build_model
 from vaejob.model.noise import Noise, image_noise
+from vaejob.training.stability import GradientGuard
 
 EVALUATION_SEED = 0
 """Held-out and static binarisation belong to the data: the same for runs of any seed, so that they compare."""
@@ -23,6 +26,8 @@ class StepTerms(NamedTuple):
     bound: BoundTerms
     objective_nats: Float[Tensor, ""]
     """Sum over the rank's images."""
+    skipped: Float[Tensor, ""]
+    """1 if the weights were left as they are, else 0."""
 
 
 def training_noise(ids: np.ndarray, *, seed: int, epoch: int, device: torch.device) -> Noise:
@@ -59,35 +64,72 @@ def train_step(
     beta: float,
     learning_rate: float,
     weight: float,
+    guard: GradientGuard | None = None,
 ) -> StepTerms:
-    """Moves the weights once. `weight` is world size / images of the global batch: DDP divides by the world size."""
+    """Moves the weights once, or not at all. `weight` is world size / images of the global batch: DDP divides by the world size.
+
+    Without a guard that knows the steps before, the step is skipped only if its gradient is not finite.
+    """
+    guard = guard or GradientGuard(job.optimizer, device=images.device)
     noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
     levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
-    terms: BoundTerms = model(levels, noise.keys, job.objective)
+    own = torch.tensor(ids, device=images.device) if job.objective.own_codes else None
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.training.precision == "bf16"):
+        terms: BoundTerms = model(levels, noise.keys, job.objective, own)
     objective_nats = objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
     (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
-    if job.optimizer.clip > 0:
-        nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    skipped = guard.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    return StepTerms(terms.detach(), objective_nats.detach())
+    return StepTerms(terms.detach(), objective_nats.detach(), skipped)
 
 
-def make_scorer(job: JobConfig, *, shape: tuple[int, int, int]) -> NegativeELBO:
-    """The model of a job with its initial weights. Raises ConfigError for sizes that do not fit the images."""
+@torch.no_grad()
+def move_average(averaged: nn.Module, model: nn.Module, *, share: float, skipped: Float[Tensor, ""]) -> None:
+    """averaged += share * (model - averaged), unless the step was skipped; without waiting for the device."""
+    average, weights = tuple(averaged.parameters()), tuple(model.parameters())
+    if skipped.device.type == "cpu":
+        torch._foreach_lerp_(average, weights, 0.0 if skipped else share)
+        return
+    change = torch._foreach_sub(weights, average)
+    torch._foreach_mul_(change, share * (1 - skipped))
+    torch._foreach_add_(average, change)
+
+
+def make_scorer(job: JobConfig, *, shape: tuple[int, int, int], images: int = 0) -> NegativeELBO:
+    """The model of a job with its initial weights; images of the training data are counted for a table of their codes.
+
+    Raises ConfigError for sizes that do not fit the images.
+    """
     pixels = make_pixels(job.likelihood)
-    vae = build_model(job.model, shape=shape, output_planes=pixels.parameters(shape[0]), seed=job.run.seed)
+    table = images if job.objective.pairing == "latent-table" else 0
+    assert table or job.objective.pairing != "latent-table", "a table of codes needs the number of images"
+    planes = pixels.parameters(shape[0])
+    vae = build_model(job.model, shape=shape, output_planes=planes, seed=job.run.seed, images=table)
     return NegativeELBO(vae, pixels)
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    rate, decay = config.learning_rate, config.weight_decay
+    weights, betas = model.parameters(), (config.beta1, config.beta2)
+    rate, epsilon, decay = config.learning_rate, config.epsilon, config.weight_decay
     match config.name:
         case "adam":
-            return torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.Adam(weights, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
         case "adamw":
-            return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(weights, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
         case "adamax":
-            return torch.optim.Adamax(model.parameters(), lr=rate, weight_decay=decay, foreach=True)
+            return torch.optim.Adamax(weights, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, foreach=True)
+
+
+def require_compiler(asked: str, *, otherwise: str) -> None:
+    """Raises ConfigError, which says what was asked for and what to do otherwise, where torch.compile finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # loads the compiler, which takes seconds
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ConfigError(
+            f"{asked}, and no C++ compiler is on PATH of {platform.node()}; install g++ there, or {otherwise}"
+        ) from None

@@ -24,6 +24,18 @@ class Report:
     objective_nats: float = 0.0
     ids_digest: int = 0
     learning_rate: float = 0.0
+    halvings: int = 0
+    """Times that the job went back to a checkpoint, each time at half the learning rate."""
+    steps: int = 0
+    skipped_steps: int = 0
+    non_finite_steps: int = 0
+    """Of the skipped, those whose gradient was not finite."""
+    non_finite_in_a_row: int = 0
+    """Such steps up to now without another among them, from before the last report if need be."""
+    gradient_norms: float = 0.0
+    """Sum of the norm of the global batch's gradient, before clipping, over the steps taken."""
+    replica_checksum: int = 0
+    """Of the bits of this worker's weights; the same on every worker."""
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
     missing_images: int = 0
@@ -59,10 +71,31 @@ class Report:
         )
 
 
+class Moves(NamedTuple):
+    """How far the work of this process has come, for those who watch whether it goes on."""
+
+    batches: int
+    """Trained or scored."""
+    images_seen: int
+
+
+_moves = Moves(0, 0)
+
+
+def moved(images_seen: int) -> None:
+    """Says that the work goes on: after every batch, of training or of a held-out pass."""
+    global _moves
+    _moves = Moves(_moves.batches + 1, images_seen)
+
+
+def moves_so_far() -> Moves:
+    return _moves
+
+
 class Event(NamedTuple):
     """Something that happened to the job, told to whoever watches it."""
 
-    kind: Literal["row", "record", "status", "note", "failure"]
+    kind: Literal["row", "record", "status", "note"]
     body: dict[str, Any]
 
 
@@ -83,5 +116,5 @@ class Worker(Protocol):
         ...
 
     def should_stop(self) -> bool:
-        """Whether the job was asked to stop; the same answer on every rank, and all ranks ask."""
+        """Whether the job was asked to stop; the same answer on every rank, and all ranks ask after every batch."""
         ...
