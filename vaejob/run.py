@@ -2,22 +2,24 @@
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
-from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vaejob.config import JobConfig, changed_results, parse_config
+from vaejob.config import JobConfig, changed_results
 from vaejob.data.batches import DataSet, open_data
-from vaejob.errors import CheckpointError, ConfigError, DataError, ObjectMissing, RunError
+from vaejob.errors import CheckpointError, DataError, RunError
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.likelihood.pixels import check_total_mass
-from vaejob.storage import Bucket, absolute, join, open_bucket, split_address
+from vaejob.storage import Bucket, join, open_bucket
+from vaejob.storage.directory import DirectoryBucket
+from vaejob.storage.fence import Token, newest_token
 from vaejob.storage.retry import retries_so_far
 from vaejob.storage.runs import (
     JOB_KEY,
@@ -29,10 +31,12 @@ from vaejob.storage.runs import (
     read_record,
     recorded_images,
 )
-from vaejob.training.checkpoint import StateWriter, load_state, read_state
+from vaejob.training.beside import LedgerBeside
+from vaejob.training.checkpoint import StateWriter, TrainState, read_state, state_of_first
 from vaejob.training.ledger import Ledger
-from vaejob.training.loop import TrainState, train
-from vaejob.training.step import draw_levels, evaluation_noise, make_optimizer, make_scorer
+from vaejob.training.loop import ready_for, train
+from vaejob.training.stability import Diverged
+from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
 from vaejob.training.worker import Event, Report, Told, Worker
 
 
@@ -42,33 +46,6 @@ class Inputs(NamedTuple):
     run: Bucket
     train: DataSet
     test: DataSet | None
-
-
-def recipes() -> list[str]:
-    """Names of the jobs that ship with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in resources.files("vaejob.recipes").iterdir()
-                  if path.name.endswith(".yaml"))  # fmt: skip
-
-
-def load_config(address: str, overrides: tuple[str, ...] = ()) -> JobConfig:
-    """The job at an address: a file, s3://.../job.yaml, or a recipe's name. Raises ConfigError, or what a bucket raises."""
-    if address in recipes() and not Path(address).exists():
-        text = resources.files("vaejob.recipes").joinpath(f"{address}.yaml").read_text()
-    else:
-        folder, name = split_address(address)
-        try:
-            text = open_bucket(folder).read(name).decode()
-        except (ObjectMissing, UnicodeDecodeError):
-            raise ConfigError(
-                f"{address} is neither a configuration file nor a recipe ({', '.join(recipes())})"
-            ) from None
-    job = parse_config(text, overrides, source=address)
-    # The addresses are kept as they read from any working directory: of a worker, or of a later resume.
-    run = job.run.model_copy(update={"bucket": absolute(job.run.bucket)})
-    data = job.data.model_copy(
-        update={"train": absolute(job.data.train), "test": absolute(job.data.test) if job.data.test else None}
-    )
-    return job.model_copy(update={"run": run, "data": data})
 
 
 def run_address(job: JobConfig) -> str:
@@ -86,14 +63,17 @@ def open_inputs(job: JobConfig) -> Inputs:
     return inputs
 
 
-def begin(job: JobConfig) -> bool:
-    """Checks everything that can be checked before workers start, and notes the attempt; False if nothing is left to do.
+def begin(job: JobConfig) -> Token | None:
+    """Checks everything that can be checked before workers start, and notes the start; None if nothing is left to do.
+
+    With its token the job may write to the run, until it is started again.
 
     Raises, in one line: ConfigError, DataError, RunError for a name that belongs to another configuration or other
     data, BucketError for a bucket that does not exist or may not be written.
     """
     inputs = open_inputs(job)
-    check_total_mass(make_scorer(job, shape=inputs.train.manifest.shape).pixels)
+    manifest = inputs.train.manifest
+    check_total_mass(make_scorer(job, shape=manifest.shape, images=manifest.images).pixels)
     if inputs.run.size(JOB_KEY) is not None:
         if changes := changed_results(read_job(inputs.run), job):
             raise RunError(
@@ -103,12 +83,17 @@ def begin(job: JobConfig) -> bool:
         _refuse_other_data(inputs)
     record, _ = newest_record(inputs.run)
     if record and record.images_seen >= job.training.images:
-        return False
-    begin_attempt(inputs.run, job, who=f"{datetime.now(UTC).isoformat()} pid {os.getpid()} on {platform.node()}")
-    return True
+        return None
+    if isinstance(inputs.run, DirectoryBucket):
+        inputs.run.remove_leftovers()
+    who = f"{datetime.now(UTC).isoformat(timespec='seconds')} pid {os.getpid()} on {platform.node()}"
+    return begin_attempt(inputs.run, job, who=who)
 
 
-def make_ledger(job: JobConfig, inputs: Inputs, *, on_event: Callable[[Event], None]) -> Ledger:
+def make_ledger(
+    job: JobConfig, inputs: Inputs, *, on_event: Callable[[Event], None], token: Token | None = None
+) -> Ledger:
+    """token: what `begin` returned; without it, that of the newest start."""
     return Ledger(
         inputs.run,
         job,
@@ -117,63 +102,116 @@ def make_ledger(job: JobConfig, inputs: Inputs, *, on_event: Callable[[Event], N
         test_images=inputs.test.manifest.images if inputs.test else None,
         shape=inputs.train.manifest.shape,
         on_event=on_event,
+        token=token or newest_token(inputs.run),
     )
 
 
+class GoBack(NamedTuple):
+    """What a job that diverged knows when it goes back."""
+
+    attempt: str
+    """The one that diverged."""
+    started_at_images: int
+    halvings: int
+    """Of the learning rate, from now on."""
+    why: str
+
+
 def work(job: JobConfig, worker: Worker) -> None:
-    """One rank of the job, from the newest good checkpoint to the end."""
+    """One rank of the job, from the newest good checkpoint to the end; a few times back to one where training diverges."""
     retries_before = retries_so_far()
     if worker.device.type == "cpu":
         torch.set_num_threads(job.cluster.cpus_per_worker)
     inputs = open_inputs(job)
-    scorer = make_scorer(job, shape=inputs.train.manifest.shape)
+    back: GoBack | None = None
+    while True:
+        attempt = worker.told_by_first(new_attempt())
+        try:
+            return _attempt(job, worker, inputs, attempt, back, retries_before=retries_before)
+        except Diverged as diverged:
+            back = GoBack(
+                attempt, diverged.report.attempt_started_at_images, diverged.report.halvings + 1, str(diverged)
+            )
+            retries_before = retries_so_far()
 
-    # Rank 0 decides where to go on from, having read that state in full; the others are told.
+
+def _attempt(
+    job: JobConfig, worker: Worker, inputs: Inputs, attempt: str, back: GoBack | None, *, retries_before: Counter[str]
+) -> None:
+    state, notes = _restored(job, worker, inputs, back)
+    batches = inputs.train.training_batches(
+        job.data,
+        seed=job.run.seed,
+        images_seen=state.images_seen,
+        until=job.training.images,
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+    writer = StateWriter(
+        inputs.run,
+        attempt=attempt,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        outage_seconds=job.checkpoint.outage_seconds,
+    )
+    with closing(ready_for(worker.device, batches)) as ready:  # however it ends, no thread goes on reading
+        train(
+            job,
+            worker,
+            state,
+            batches=ready,
+            images_per_epoch=inputs.train.manifest.images,
+            dims_per_image=inputs.train.manifest.dims,
+            held_out=inputs.test,
+            writer=writer,
+            attempt=attempt,
+            notes=notes,
+            retries_before=retries_before,
+        )
+
+
+def _restored(
+    job: JobConfig, worker: Worker, inputs: Inputs, back: GoBack | None
+) -> tuple[TrainState, tuple[str, ...]]:
+    """Where the rank goes on from, and what a person should be told about it."""
+    manifest = inputs.train.manifest
+    scorer = make_scorer(job, shape=manifest.shape, images=manifest.images)
+    # Rank 0 decides where to go on from, having read that state in full; the others are sent it.
     chosen: tuple[int, list[str]] | None = None
     tensors: dict[str, Tensor] | None = None
     if worker.rank == 0:
-        record, tensors, damage = restorable(inputs.run)
+        record, tensors, damage = restorable(inputs.run, before=_no_longer_good(inputs.run, back) if back else None)
         chosen = (record.images_seen if record else 0, damage)
-    attempt = worker.told_by_first(new_attempt())
     images_seen, damage = worker.told_by_first(chosen) or (0, [])
-    if images_seen and tensors is None:
-        tensors = read_state(inputs.run, read_record(inputs.run, images_seen))
+    tensors = state_of_first(tensors, worker)
     if tensors is None:
         _start_at_the_mean(scorer, inputs.train, job)
-    scorer.to(worker.device)
-    optimizer = make_optimizer(job.optimizer, scorer)
+    state = TrainState.begin(job.optimizer, scorer.to(worker.device), device=worker.device)
     if tensors is not None:
-        load_state(tensors, scorer, optimizer)
-
-    train(
-        job,
-        worker,
-        TrainState(scorer, optimizer, images_seen),
-        batches=inputs.train.training_batches(
-            job.data,
-            seed=job.run.seed,
-            images_seen=images_seen,
-            until=job.training.images,
-            rank=worker.rank,
-            world_size=worker.world_size,
-        ),
-        images_per_epoch=inputs.train.manifest.images,
-        dims_per_image=inputs.train.manifest.dims,
-        held_out=inputs.test,
-        writer=StateWriter(inputs.run, attempt=attempt, rank=worker.rank, world_size=worker.world_size),
-        attempt=attempt,
-        notes=tuple(damage),
-        retries_before=retries_before,
-    )
+        state.load(tensors, images_seen=images_seen)
+    if back is None:
+        return state, tuple(damage)
+    state.guard.halvings = back.halvings
+    there = f"the checkpoint at {images_seen} images" if tensors else "the initial weights"
+    return state, (*damage, f"{back.why}: went back to {there}, the learning rate times {state.guard.rate_factor:g}")
 
 
-def restorable(run: Bucket) -> tuple[Record | None, dict[str, Tensor] | None, list[str]]:
+def _no_longer_good(run: Bucket, back: GoBack) -> int | None:
+    """The checkpoint that an attempt began at, if it came to no other before it diverged: one before it is to be tried."""
+    newest, _ = newest_record(run)
+    return None if newest and newest.attempt == back.attempt else back.started_at_images
+
+
+def restorable(run: Bucket, *, before: int | None = None) -> tuple[Record | None, dict[str, Tensor] | None, list[str]]:
     """The newest record whose state reads back whole, that state, and a line for each newer one that does not.
 
-    Raises CheckpointError if there are records and none can be restored: starting over would hide the loss.
+    before: of those of fewer images. Raises CheckpointError if there are records and none can be restored: starting over
+    would hide the loss.
     """
     damage: list[str] = []
     for images_seen in reversed(recorded_images(run)):
+        if before is not None and images_seen >= before:
+            continue
         try:
             record = read_record(run, images_seen)
             return record, read_state(run, record), damage
@@ -187,24 +225,39 @@ def restorable(run: Bucket) -> tuple[Record | None, dict[str, Tensor] | None, li
 class ThisProcess:
     """The only worker of a job without a cluster; its reports go straight to the ledger."""
 
-    def __init__(self, ledger: Ledger, *, device: torch.device, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, ledger: LedgerBeside, *, device: torch.device, should_stop: Callable[[], bool]) -> None:
         self.rank, self.world_size, self.device = 0, 1, device
         self._ledger = ledger
         self.should_stop = should_stop
 
     def report(self, report: Report) -> None:
         self._ledger.add([[report]])
+        if report.last:
+            self._ledger.wait()
 
     def told_by_first(self, value: Told) -> Told:
+        self._ledger.wait()  # an attempt looks in the bucket for what the one before has left
         return value
 
 
-def train_here(job: JobConfig, *, on_event: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
-    """Runs the whole job, which has begun, in this process without Ray."""
+def train_here(
+    job: JobConfig,
+    *,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    token: Token,
+) -> None:
+    """Runs the whole job, which has begun, in this process without Ray; events are told on a thread of their own.
+
+    token: what `begin` returned.
+    """
     inputs = open_inputs(job)
     device = torch.device("cuda" if job.cluster.gpus_per_worker else "cpu")
-    ledger = make_ledger(job, inputs, on_event=on_event)
-    work(job, ThisProcess(ledger, device=device, should_stop=should_stop))
+    ledger = LedgerBeside(make_ledger(job, inputs, on_event=on_event, token=token))
+    try:
+        work(job, ThisProcess(ledger, device=device, should_stop=should_stop))
+    finally:
+        ledger.wait()
 
 
 MEAN_IMAGES = 4096

@@ -4,7 +4,7 @@ import ray
 import ray.exceptions
 
 from vaejob.cluster.join import cluster_of, wait_for_room
-from vaejob.config import ClusterConfig
+from vaejob.config import ClusterConfig, Precision
 from vaejob.data.batches import open_data
 from vaejob.errors import ClusterError
 from vaejob.metrics import LikelihoodTotals
@@ -13,7 +13,15 @@ from vaejob.storage.runs import choose_record
 
 
 def evaluate_on_cluster(
-    address: str, data_address: str, *, checkpoint: str, samples: int, workers: int, cluster: ClusterConfig
+    address: str,
+    data_address: str,
+    *,
+    checkpoint: str,
+    samples: int,
+    precision: Precision,
+    compiled: bool,
+    workers: int,
+    cluster: ClusterConfig,
 ) -> LikelihoodTotals:
     """Totals over a data set, the same for any number of workers, which need not all find room at once.
 
@@ -29,7 +37,7 @@ def evaluate_on_cluster(
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_retries=cluster.max_failures
         )
         parts = [
-            score.remote(address, data_address, str(images_seen), samples, rank, workers, cluster)
+            score.remote(address, data_address, str(images_seen), samples, precision, compiled, rank, workers, cluster)
             for rank in range(workers)
         ]
         totals = sum(_gathered(parts), LikelihoodTotals())
@@ -40,7 +48,15 @@ def evaluate_on_cluster(
 
 @ray.remote
 def _score(
-    address: str, data_address: str, checkpoint: str, samples: int, rank: int, world_size: int, cluster: ClusterConfig
+    address: str,
+    data_address: str,
+    checkpoint: str,
+    samples: int,
+    precision: Precision,
+    compiled: bool,
+    rank: int,
+    world_size: int,
+    cluster: ClusterConfig,
 ) -> LikelihoodTotals:
     import torch
 
@@ -48,7 +64,14 @@ def _score(
 
     torch.set_num_threads(cluster.cpus_per_worker)
     model = load(address, checkpoint=checkpoint, device="cuda" if cluster.gpus_per_worker else "cpu")
-    return model.evaluate(open_data(data_address), samples=samples, rank=rank, world_size=world_size)
+    return model.evaluate(
+        open_data(data_address),
+        samples=samples,
+        precision=precision,
+        compiled=compiled,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _gathered(parts: list["ray.ObjectRef[LikelihoodTotals]"]) -> list[LikelihoodTotals]:

@@ -1,65 +1,166 @@
 """Joins a Ray cluster, or starts one on this machine, and waits until it has room."""
 
+import json
+import logging
 import os
-import signal
+import secrets
+import shutil
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from vaejob.config import ClusterConfig
 from vaejob.errors import ClusterError
 
 HEALTH_CHECK_SECONDS = 0.5
+DRAIN_CHECK_SECONDS = 1.0
 OWN_CLUSTER_SECONDS = 5.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LONGEST_FOLDER = 41
+"""Bytes: Ray puts sockets below its folder, and their paths end at 107."""
+
+
+class StopAsked(Exception):  # noqa: N818 - not an error
+    """The job was asked to stop before it had workers."""
+
+
+def _never() -> bool:
+    return False
 
 
 def cluster_address(config: ClusterConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS")
 
 
+def placement_seconds(config: ClusterConfig) -> int:
+    """How long Ray Train waits for the places of a group: an elastic one is then tried with what there is by then."""
+    return 25 if config.elastic else 60
+
+
 @contextmanager
-def cluster_of(config: ClusterConfig) -> Iterator[None]:
-    """The cluster of the settings or of RAY_ADDRESS; without either one on this machine, for as long as the job."""
+def cluster_of(config: ClusterConfig, *, should_stop: Callable[[], bool] = _never) -> Iterator[None]:
+    """The cluster of the settings or of RAY_ADDRESS; without either one on this machine, for as long as the job.
+
+    Raises ClusterError if there is none, StopAsked.
+    """
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_SECONDS),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(placement_seconds(config)),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": str(DRAIN_CHECK_SECONDS),
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
     address = cluster_address(config)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         if address:
-            _refuse_silent(address, wait_seconds=config.wait_seconds)
-            ray.init(address=address, namespace="vaejob", **quiet)
-        else:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            ray.init(address="local", include_dashboard=False, namespace="vaejob", **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            _refuse_silent(address, wait_seconds=config.wait_seconds, should_stop=should_stop)
+        with _there(address) if address else _here() as where, _connected(where):
+            if should_stop():
+                raise StopAsked
+            yield
+    except _NotConnected as failure:
         raise ClusterError(
-            f"no Ray cluster could be reached at {address or 'this machine'}: {first_line(error)}"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # ray.init puts its own in their place, which end the process
+            f"no Ray cluster could be reached at {address or 'this machine'}: {first_line(failure)}"
+        ) from failure
+
+
+class _NotConnected(Exception):  # noqa: N818 - becomes a ClusterError
+    """Ray's own reason."""
+
+
+@contextmanager
+def _there(address: str) -> Iterator[dict[str, Any]]:
+    """How to join a cluster that another has started, and may have given a token."""
+    yield {"address": address}
+
+
+@contextmanager
+def _here() -> Iterator[dict[str, Any]]:
+    """How to start a cluster of this user alone: a folder that no other may enter, and a token that it asks everybody for.
+
+    The folder, where Ray's logs are, stays if the job fails.
+    """
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(f"{parent}/vaejob-xxxxxxxx/r")) > LONGEST_FOLDER:
+        parent = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="vaejob-", dir=parent))
+    with _own_token():
+        # Ray opens its own folder to everybody; the one above it stays closed.
+        yield {"address": "local", "include_dashboard": False, "_temp_dir": str(folder / "r")}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A new token in the environment of this process and of all that Ray starts; RAY_AUTH_MODE=disabled is heeded."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        yield
+        return
+    ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    _read_environment_again()
     try:
         yield
     finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        _read_environment_again()
+
+
+def _read_environment_again() -> None:
+    """Ray reads it when it is imported, and keeps the first token that it finds."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _connected(where: dict[str, Any]) -> Iterator[None]:
+    """Ray, joined and left by a thread of its own, which keeps Ray's hands off the signal handlers of the main thread.
+
+    The thread stays as long as the cluster: the processes of one on this machine die with the thread that started them.
+    """
+    joined, leave = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def hold() -> None:
+        try:
+            ray.init(
+                **where, namespace="vaejob", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
+            )
+        except BaseException as error:
+            failures.append(error)
+        joined.set()
+        leave.wait()
         ray.shutdown()
 
+    holder = threading.Thread(target=hold, name="ray", daemon=True)
+    holder.start()
+    try:
+        joined.wait()
+        if failures:
+            raise _NotConnected(first_line(failures[0])) from failures[0]
+        yield
+    finally:
+        leave.set()
+        holder.join()
 
-def _refuse_silent(address: str, *, wait_seconds: float) -> None:
-    """Raises ConnectionError if nothing listens at HOST:PORT: ray.init would go on trying for minutes."""
+
+def _refuse_silent(address: str, *, wait_seconds: float, should_stop: Callable[[], bool]) -> None:
+    """Raises _NotConnected if nothing listens at HOST:PORT: ray.init would go on trying for minutes. Or StopAsked."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()) or "://" in address:
         return  # auto, local, ray://...: Ray's own business
@@ -70,13 +171,19 @@ def _refuse_silent(address: str, *, wait_seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() >= deadline:
-                raise ConnectionError(f"{error}; waited {wait_seconds:g} s (cluster.wait_seconds)") from None
+                raise _NotConnected(f"{error}; waited {wait_seconds:g} s (cluster.wait_seconds)") from None
+            if should_stop():
+                raise StopAsked from None
             time.sleep(0.5)
 
 
-def wait_for_room(config: ClusterConfig) -> None:
-    """Waits until the cluster has room for the workers. Raises ClusterError with what was asked and what there is."""
-    asked = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * config.gpus_per_worker}
+def wait_for_room(config: ClusterConfig, *, should_stop: Callable[[], bool] = _never) -> None:
+    """Waits until the cluster has room for the least number of workers.
+
+    Raises ClusterError with what was asked and what there is, StopAsked.
+    """
+    workers = config.least_workers
+    asked = {"CPU": workers * config.cpus_per_worker, "GPU": workers * config.gpus_per_worker}
     # A cluster of this machine alone grows no further.
     wait_seconds = config.wait_seconds if cluster_address(config) else min(config.wait_seconds, OWN_CLUSTER_SECONDS)
     deadline = time.monotonic() + wait_seconds
@@ -86,13 +193,15 @@ def wait_for_room(config: ClusterConfig) -> None:
             return
         if time.monotonic() >= deadline:
             break
+        if should_stop():
+            raise StopAsked
         time.sleep(0.5)
     wants = " and ".join(f"{number} {kind}s" for kind, number in asked.items() if number)
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     has = " and ".join(f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in asked)
     nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
     raise ClusterError(
-        f"cluster.workers is {config.workers}: they ask for {wants}, the cluster has {has} on {nodes} nodes; "
+        f"cluster.workers is {json.dumps(config.workers)}: they ask for {wants}{' at least' if config.elastic else ''}, the cluster has {has} on {nodes} nodes; "
         f"waited {wait_seconds:g} s (cluster.wait_seconds)"
     )
 

@@ -6,10 +6,13 @@ shard numbers --Ray Data--> tasks --shards--> bucket
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from importlib.metadata import version
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -101,7 +104,7 @@ def _gathered(part: Part, shards: ray.data.Dataset, *, on_images: Callable[[int]
     """The shards in order, once the last is there. Raises what was wrong with an image or a bucket."""
     packed = dict[int, Packed]()
     try:
-        for row in shards.iter_rows():
+        for row in _until_interrupted(shards.iter_rows()):
             found: Packed | VaejobError = pickle.loads(row["found"])
             if isinstance(found, VaejobError):
                 raise found
@@ -113,6 +116,31 @@ def _gathered(part: Part, shards: ray.data.Dataset, *, on_images: Callable[[int]
     except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise ClusterError(f"packing on the cluster ended: {first_line(error)}; repeat the command to go on") from error
     yield from (packed[number] for number in range(part.num_shards))
+
+
+def _until_interrupted(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, until ctrl-C: an interrupt that comes while a finaliser of Ray's runs is lost, so it is remembered here."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as of a job that a shell put into the background
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield from rows
+        return
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        for row in rows:
+            if interrupted:
+                raise KeyboardInterrupt
+            yield row
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _refuse_elsewhere(part: Part, packed: Packed) -> None:

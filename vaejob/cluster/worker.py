@@ -1,5 +1,8 @@
 """One rank of a job inside a Ray Train worker."""
 
+import os
+import platform
+import threading
 import time
 from typing import Any
 
@@ -8,12 +11,19 @@ import ray.train
 import ray.train.torch
 import torch
 
+from vaejob.cluster.board import Beat, Word
 from vaejob.config import JobConfig
-from vaejob.errors import UserError
 from vaejob.run import work
-from vaejob.training.worker import Event, Report, Told
+from vaejob.storage.retry import retries_so_far
+from vaejob.training.worker import Report, Told, moved, moves_so_far
 
 SECONDS_BETWEEN_MESSAGES = 1.0
+SECONDS_BETWEEN_QUESTIONS = 1.0
+SECONDS_BETWEEN_BEATS = 1.0
+
+
+class StartAgain(Exception):  # noqa: N818 - a state of the workers
+    """Raised by all workers once their checkpoint is committed, for Ray Train to start them anew; no failure."""
 
 
 class RayWorker:
@@ -25,8 +35,14 @@ class RayWorker:
         self.world_size = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._board = board
+        self._group = ray.get_runtime_context().get_placement_group_id() or ""
         self._reports: list[Report] = []
+        self._last: Report | None = None
         self._sent_at = time.monotonic()
+        self._asked_at = float("-inf")
+        self._every = self._to_go = 1
+        self._word = Word(stop=False, start_again=None)
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def report(self, report: Report) -> None:
         """Reports travel together about once a second: Ray's controller takes one message at each of its polls."""
@@ -37,6 +53,8 @@ class RayWorker:
             ray.train.report(message, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
             self._reports = []
             self._sent_at = time.monotonic()
+        if report.last:
+            self._last = report
 
     def told_by_first(self, value: Told) -> Told:
         if self.world_size == 1:
@@ -46,22 +64,62 @@ class RayWorker:
         return box[0]
 
     def should_stop(self) -> bool:
-        return self.told_by_first(ray.get(self._board.stop_asked.remote()) if self.rank == 0 else False)
+        """The board and Ray are asked about once a second, which rank 0 puts as a number of batches."""
+        self._to_go -= 1
+        if self._to_go == 0:
+            drained = ray.train.get_preemption_info()  # rank 0's word too
+            word, self._every = self.told_by_first(self._ask() if self.rank == 0 else (self._word, 1))
+            if drained is not None and word.start_again is None:
+                ranks = ", ".join(str(rank) for rank in drained.preempted_ranks)
+                word = word._replace(start_again=f"the cluster takes back the node of worker {ranks}")
+            self._word, self._to_go = word, self._every
+        return self._word.stop or self._word.start_again is not None
+
+    def start_again_if_asked(self, *, until: int) -> None:
+        """Raises StartAgain if that was why it stopped, once the ledger has all that was reported."""
+        if self._word.stop or self._word.start_again is None or (self._last and self._last.images_seen >= until):
+            return
+        where = "before the first batch"
+        if self._last is not None:
+            where = f"at {self._last.images_seen:,} images seen"
+            while not ray.get(self._board.has_written_last_of.remote(self._last.attempt)):
+                moved(self._last.images_seen)
+                time.sleep(0.1)
+        raise StartAgain(f"{self._word.start_again}: a checkpoint is kept, and the workers start again {where}")
+
+    def _ask(self) -> tuple[Word, int]:
+        """Of rank 0: the board's word, and the number of batches until the next question."""
+        word = ray.get(self._board.word_for.remote(self._group))
+        now = time.monotonic()
+        every = int(self._every * SECONDS_BETWEEN_QUESTIONS / (now - self._asked_at))
+        self._asked_at = now
+        return word, max(1, min(every, 2 * self._every))
+
+    def _beat(self) -> None:
+        """From a thread of its own: it goes on where the work hangs, and stops where the whole process does."""
+        host, node = platform.node(), ray.get_runtime_context().get_node_id()
+        started_at = moves_so_far().batches
+        while True:
+            moves = moves_so_far()
+            count = moves.batches - started_at + retries_so_far().total()
+            beat = Beat(
+                self._group,
+                self.rank,
+                self.world_size,
+                os.getpid(),
+                node,
+                host,
+                moves=count,
+                images_seen=moves.images_seen,
+            )
+            self._board.beat.remote(beat)
+            time.sleep(SECONDS_BETWEEN_BEATS)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
-    board = settings["board"]
-    try:
-        work(JobConfig.model_validate(settings["job"]), RayWorker(board))
-    except UserError as error:
-        # Ray would start the workers again, which cannot mend the input: the driver ends the job instead.
-        ray.get(board.post.remote(failure(error)))
-        raise
-
-
-def failure(error: Exception) -> Event:
-    """An error as the driver's process is told of it."""
-    return Event(
-        "failure", {"error": type(error).__name__, "text": (str(error) or type(error).__name__).splitlines()[0]}
-    )
+    job = JobConfig.model_validate(settings["job"])
+    worker = RayWorker(settings["board"])
+    if not worker.should_stop():
+        work(job, worker)
+    worker.start_again_if_asked(until=job.training.images)
