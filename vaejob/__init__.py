@@ -30,7 +30,7 @@ __all__ = ["JobConfig", "VaejobError", "__version__", "load", "load_config", "op
 
 def load_config(address: str, *overrides: str) -> JobConfig:
     """The job at a file, an address in a bucket, or a recipe's name, with 'section.key=value' laid over it."""
-    from vaejob.run import load_config
+    from vaejob.jobfile import load_config
 
     return load_config(address, overrides)
 
@@ -58,11 +58,12 @@ def train(
     """Trains, or continues, the job until it is done or should stop; the address of its run, which holds the rest."""
     from vaejob.run import begin, run_address, train_here
 
-    if begin(job):
+    token = begin(job)
+    if token is not None:
         if job.cluster.workers == 0:
-            train_here(job, on_event=on_event, should_stop=should_stop)
+            train_here(job, on_event=on_event, should_stop=should_stop, token=token)
         else:
             from vaejob.cluster.driver import train_on_cluster
 
-            train_on_cluster(job, on_event=on_event, should_stop=should_stop)
+            train_on_cluster(job, on_event=on_event, should_stop=should_stop, token=token)
     return run_address(job)

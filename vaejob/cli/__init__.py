@@ -5,13 +5,29 @@ from typing import Annotated
 
 import typer
 
-from vaejob.cli import data, look, submit, train, use
+from vaejob.cli import (
+    data,
+    diff,
+    doctor,
+    export,
+    look,
+    render,
+    report,
+    serve,
+    settings,
+    story,
+    submit,
+    tensorboard,
+    train,
+    use,
+)
 from vaejob.errors import VaejobError
 from vaejob.version import VERSION
 
 app = typer.Typer(
     name="vaejob",
     help="Trains likelihood-based variational autoencoders on images in object storage, on a Ray cluster.",
+    epilog="Every verb has an example: vaejob VERB -h. The shell completes verbs and options after: vaejob --install-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,16 +55,26 @@ for verb in (
     data.index,
     data.inspect,
     data.verify,
+    doctor.doctor,
     train.train,
     submit.submit,
     train.resume,
     look.runs,
     look.show,
+    diff.diff,
     submit.logs,
     submit.stop,
     use.evaluate,
     use.sample,
     use.reconstruct,
+    use.interpolate,
+    export.export,
+    report.report,
+    tensorboard.tensorboard,
+    story.story,
+    render.render,
+    settings.settings,
+    serve.serve,
 ):
     app.command()(verb)
 

@@ -1,25 +1,23 @@
 """pack, index, inspect, verify: images into data sets, and what is in them."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vaejob.cli.terminal import say, say_json, warn
+from vaejob.cli.terminal import images_done, say, say_json, warn
 
 if TYPE_CHECKING:
     from vaejob.data.manifest import Manifest
     from vaejob.data.pack import Packer
 
-_SECONDS_BETWEEN_LINES = 5.0
 _LARGE_ROW_GROUP = 256 << 20
 
 Data = Annotated[
     str, typer.Argument(help="Folder of a manifest.json, or the folder above its splits; local or in a bucket.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the result.")]
 
 
 def pack(
@@ -55,6 +53,7 @@ def pack(
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster of --cluster, HOST:6379; default RAY_ADDRESS.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Turn images into Parquet shards with a manifest. Repeating the command finishes what was interrupted.
 
@@ -76,7 +75,7 @@ def pack(
     try:
         with (
             _packer(cluster=cluster, address=address, source=source, dest=dest) as packer,
-            _progress("packing") as on_progress,
+            images_done("packing", quiet=quiet) as on_progress,
         ):
             manifests = pack_images(
                 images,
@@ -116,6 +115,7 @@ def index(
         str | None, typer.Option(help="Folder for the manifests, where they cannot lie beside the files.")
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a manifest for Parquet files that are already there, which are read once and used in place.
 
@@ -130,7 +130,7 @@ def index(
     """
     from vaejob.data.index import index as index_files
 
-    with _progress("indexing") as on_progress:
+    with images_done("indexing", quiet=quiet) as on_progress:
         splits = index_files(dest, column=column, split=split, out=out, on_progress=on_progress)
     for name, found in splits.items():
         if note := _memory_note(found.address):
@@ -163,7 +163,7 @@ def inspect(data: Data, as_json: AsJson = False) -> None:
         say(f"{manifest.split}: {_describe(manifest)}\n  at     {url}\n  source {manifest.source}")
 
 
-def verify(data: Data, as_json: AsJson = False) -> None:
+def verify(data: Data, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Read all of a data set: check every size, checksum and id, decode every image, recompute the fingerprint.
 
     \b
@@ -175,7 +175,7 @@ def verify(data: Data, as_json: AsJson = False) -> None:
 
     checked = []
     for bucket in data_sets(data):
-        with _progress(f"verifying {bucket.url}") as on_progress:
+        with images_done(f"verifying {bucket.url.rstrip('/').rsplit('/', 1)[-1]}", quiet=quiet) as on_progress:
             manifest = verify_all(bucket, on_progress=on_progress)
         checked.append(_summary(bucket.url, manifest) | {"verified": True})
         if not as_json:
@@ -234,31 +234,3 @@ def _describe(manifest: "Manifest") -> str:
         f"{manifest.images:,} images of {shape} (channels x height x width), {manifest.encoding}, "
         f"shards {len(manifest.shards):,}, row groups {groups:,}, {size:,.1f} MiB, fingerprint {manifest.fingerprint[:12]}"
     )
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, else a line every few seconds; on stderr, so that stdout holds results only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_now_and_then(what)
-        return
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _line_now_and_then(what: str) -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            warn(f"{what}: {done:,} of {total:,} images")
-
-    return report

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaejob.cli.terminal import bits_and_nats, say, say_json, warn, what_it_is_of
+from vaejob.cli.terminal import bits_and_nats, bound_name, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
-    from vaejob.cli.overview import Overview
+    from vaejob.cli.overview import Identity, Overview
     from vaejob.storage.runs import Record
 
 RUNS_AT_ONCE = 8
@@ -26,7 +26,7 @@ def runs(
     Example:
       vaejob runs s3://models
     """
-    from vaejob.cli.overview import summary
+    from vaejob.cli.overview import comparable_groups, held_out_identity, summary
     from vaejob.errors import RunError
     from vaejob.storage import join, open_bucket
     from vaejob.storage.runs import JOB_KEY
@@ -42,21 +42,37 @@ def runs(
         for line in [run] if isinstance(run, str) else run.problems:
             warn(line)
     readable = [(run, epoch_images) for run, epoch_images in found if not isinstance(run, str)]
+    bests = {run.address: held_out_identity(run, run.best) for run, _ in readable if run.best}
+    identities = {address: identity for address, identity in bests.items() if identity}
+    groups = comparable_groups(identities)
     if as_json:
-        say_json([summary(run, epoch_images) for run, epoch_images in readable])
+        group = {run.address: {"comparable_group": groups.get(run.address)} for run, _ in readable}
+        say_json([summary(run, epoch_images) | group[run.address] for run, epoch_images in readable])
     else:
-        _say_table(readable)
+        _say_table(readable, groups)
+        _say_groups(identities, groups)
 
 
-def show(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")], as_json: Json = False) -> None:
+def show(
+    run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")],
+    as_json: Json = False,
+    live: Annotated[
+        bool, typer.Option("--watch", help="Go on until the run is done; with --json one object a line at each change.")
+    ] = False,
+) -> None:
     """One run: its main settings, checkpoints, newest numbers, and how fast it went.
 
     \b
     Example:
-      vaejob show s3://models/mnist-iwae-1
+      vaejob show s3://models/mnist-iwae-1 --watch
     """
     from vaejob.cli.overview import everything, look_at, training_images
 
+    if live:
+        from vaejob.cli.watch import watch
+
+        watch(run, as_json=as_json)
+        return
     overview = look_at(run, whole_history=True)
     epoch_images = training_images(overview)
     for line in overview.problems:
@@ -79,8 +95,8 @@ def _overview_or_problem(address: str) -> "tuple[Overview | str, int | None]":
         return str(error), None
 
 
-def _say_table(found: "list[tuple[Overview, int | None]]") -> None:
-    table = _table("run", "state", ">images", ">epochs", "best held-out bound", "last report", ">starts")
+def _say_table(found: "list[tuple[Overview, int | None]]", groups: dict[str, str]) -> None:
+    table = _table("run", "state", ">images", ">epochs", "of", "best held-out bound", "last report", ">starts")
     for run, epoch_images in found:
         best = run.best
         table.add_row(
@@ -88,6 +104,7 @@ def _say_table(found: "list[tuple[Overview, int | None]]") -> None:
             "finished" if run.finished else "unfinished",
             f"{run.images_seen:,}\nof {run.job.training.images:,}",
             f"{run.images_seen / epoch_images:.1f}" if epoch_images else "",
+            groups.get(run.address, ""),
             _bound(run, best) + f"\nat {best.images_seen:,} images" if best else "none yet",
             _ago(run.last_report_at) if run.last_report_at else "none yet",
             str(len(run.attempts)),
@@ -95,8 +112,16 @@ def _say_table(found: "list[tuple[Overview, int | None]]") -> None:
     _print(table)
 
 
+def _say_groups(identities: "dict[str, Identity]", groups: dict[str, str]) -> None:
+    """What the bounds are of; those that do not compare are told apart in words."""
+    if len(set(groups.values())) > 1:
+        say("These bounds are not all comparable: only those of one letter are.")
+    for letter in sorted(set(groups.values()), key=lambda letter: (len(letter), letter)):
+        say(f"{letter}  {next(identities[address] for address, own in groups.items() if own == letter)}")
+
+
 def _say_everything(run: "Overview", epoch_images: int | None) -> None:
-    from vaejob.cli.overview import data_sets
+    from vaejob.cli.overview import data_sets, settings_in_use
 
     state = "finished" if run.finished else "unfinished"
     epochs = f" ({run.images_seen / epoch_images:.1f} epochs)" if epoch_images else ""
@@ -106,8 +131,9 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
         f"starts      {len(run.attempts)}, last report {_ago(run.last_report_at) if run.last_report_at else 'none yet'}"
     )
     for section in ("model", "likelihood", "objective", "optimizer", "data"):
-        settings = getattr(run.job, section).model_dump(exclude={"train", "test"})
-        say(f"{section:<11} {' '.join(f'{key}={value}' for key, value in settings.items())}".replace(", ", ","))
+        settings = settings_in_use(getattr(run.job, section)).items()
+        said = " ".join(f"{key}={value}" for key, value in settings if key not in ("train", "test"))
+        say(f"{section:<11} {said.replace(', ', ',')}")
     for split, address, fingerprint in data_sets(run):
         say(f"{split:<11} {address}{f' ({fingerprint[:12]})' if fingerprint else ''}")
     for split in ("train", "test"):
@@ -124,19 +150,23 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
 
 
 def _say_newest(run: "Overview", split: str) -> None:
-    from vaejob.cli.overview import data_sets
+    from vaejob.cli.overview import newest_identity
     from vaejob.metrics import LikelihoodTotals
 
-    row = run.newest_row(split)
-    if row is None:
+    row, identity = run.newest_row(split), newest_identity(run, split)
+    if row is None or identity is None:
         return
     totals = LikelihoodTotals.from_dict(row)
     say(f"\n{'trained on' if split == 'train' else 'held out'}, at {row['images_seen']:,} images")
-    goal = run.job.objective
-    trained = goal.samples if goal.bound == "iwae" else 1
-    samples = trained if split == "train" else run.job.training.evaluate_samples
-    _, data, fingerprint = next((found for found in data_sets(run) if found[0] == split), (split, "unknown", None))
-    say(f"  {what_it_is_of(run.job, totals, samples=samples, data=data, fingerprint=fingerprint or 'unknown')}")
+    of = what_it_is_of(
+        run.job,
+        totals,
+        samples=identity.samples,
+        data=identity.data,
+        fingerprint=identity.fingerprint or "unknown",
+        own_codes=identity.bound == "conditional",
+    )
+    say(f"  {of}")
     say(f"  {bits_and_nats(totals, run.job.likelihood)}")
     if row["seconds"]:
         workers = f"{row['world_size']} worker{'s' if row['world_size'] > 1 else ''}"
@@ -144,7 +174,11 @@ def _say_newest(run: "Overview", split: str) -> None:
         say(
             f"  {row['images'] / row['seconds']:,.0f} images/s with {workers}, {waited:.1%} of the time spent waiting for images"
         )
-    for number, what in ((row["missing_images"], "damaged images left out"), (row["retries"], "requests repeated")):
+    for number, what in (
+        (row["missing_images"], "damaged images left out"),
+        (row["retries"], "requests repeated"),
+        (row.get("skipped_steps"), "steps skipped for their gradient"),
+    ):
         if number:
             say(f"  {number:,} {what} since the report before")
 
@@ -154,8 +188,10 @@ def _bound(run: "Overview", record: "Record") -> str:
 
     totals, samples = held_out_totals(record), run.job.training.evaluate_samples
     assert totals is not None
-    name = "-ELBO" if samples == 1 else f"-IWAE-{samples}"
-    return bits_and_nats(totals, run.job.likelihood).replace(", ", "\n") + f"\n{name} of {totals.images:,} images"
+    return (
+        bits_and_nats(totals, run.job.likelihood).replace(", ", "\n")
+        + f"\n{bound_name(samples)} of {totals.images:,} images"
+    )
 
 
 def _ago(then: datetime) -> str:

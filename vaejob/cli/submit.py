@@ -28,10 +28,11 @@ def submit(
       vaejob submit mnist-iwae-1 run.bucket=s3://models data.train=s3://images/mnist/train --address http://head:8265 --follow
     """
     from vaejob import load_config
+
+    job = load_config(config, *(overrides or []))  # what is wrong with it is said before Ray is loaded
     from vaejob.cluster import jobs
     from vaejob.run import run_address
 
-    job = load_config(config, *(overrides or []))
     client = jobs.connect(address)
     job_id = jobs.submit_job(job, client)
     run = run_address(job)

@@ -4,12 +4,20 @@ import json
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
     from vaejob.config import JobConfig, LikelihoodConfig
     from vaejob.metrics import LikelihoodTotals
     from vaejob.training.worker import Event
+
+_SECONDS_BETWEEN_LINES = 5.0
+SHOW_CURSOR = "\x1b[?25h"
 
 
 def say(text: str = "") -> None:
@@ -24,11 +32,16 @@ def say_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
-def density_bits(likelihood: "LikelihoodConfig | None") -> float | None:
+def density_bits(likelihood: "LikelihoodConfig") -> float | None:
     """What a density's bits/dim lack to those of levels, were it times bin width a mass; None for probabilities."""
-    if likelihood is None or likelihood.pixels not in ("gaussian", "continuous-bernoulli"):
-        return None
-    return math.log2(2**likelihood.bits - 1)
+    from vaejob.likelihood.pixels import make_pixels
+
+    pixels = make_pixels(likelihood)
+    return pixels.density_bits_correction if pixels.is_density else None
+
+
+def bound_name(samples: int, *, own_codes: bool = False) -> str:
+    return "-log p(x | z)" if own_codes else "-ELBO" if samples == 1 else f"-IWAE-{samples}"
 
 
 def bits_and_nats(totals: "LikelihoodTotals", likelihood: "LikelihoodConfig") -> str:
@@ -44,22 +57,66 @@ def bits_and_nats(totals: "LikelihoodTotals", likelihood: "LikelihoodConfig") ->
     )
 
 
-def what_it_is_of(job: "JobConfig", totals: "LikelihoodTotals", *, samples: int, data: str, fingerprint: str) -> str:
-    """The words that make a likelihood comparable, or not."""
+CONDITIONAL = "conditional on each image's own code: no bound on log p(x)"
+
+
+def what_it_is_of(
+    job: "JobConfig",
+    totals: "LikelihoodTotals",
+    *,
+    samples: int,
+    data: str,
+    fingerprint: str,
+    own_codes: bool = False,
+) -> str:
+    """The words that make a likelihood comparable, or not. own_codes: given codes that belong to the images."""
     bound = "-ELBO" if samples == 1 else f"-IWAE bound of {samples} samples"
+    if own_codes:
+        bound = f"-log p(x | z), {CONDITIONAL},"
     pixels = f"{job.likelihood.pixels} pixels, {job.likelihood.bits} bits"
     if job.likelihood.pixels == "bernoulli":
         pixels = f"bernoulli pixels, {job.likelihood.binarize} binarisation"
+    if density_bits(job.likelihood) is not None:
+        pixels += ", a density of x in [0, 1] that may exceed 1"
     return f"{bound} of {totals.images:,} images, {pixels}, data {data} ({fingerprint[:12]})"
 
 
 class Progress:
-    """Tells the events of a job, one line each."""
+    """Tells the events of a job, one line each; as a context in a terminal, also where it is, in lines that stay below."""
 
-    def __init__(self, job: "JobConfig", *, quiet: bool) -> None:
-        self._job, self._quiet = job, quiet
+    def __init__(self, job: "JobConfig", *, quiet: bool, epoch_images: int | None = None) -> None:
+        """epoch_images: images of the training data, where epochs are to be told."""
+        self._job, self._quiet, self._epoch_images = job, quiet, epoch_images
         self._began = time.monotonic()
         self._attempt = ""
+        self._told = False
+        self._newest: dict[str, Any] | None = None  # row of the training images
+        self._newest_at = self._began
+        self._bits: float | None = None
+        self._change: float | None = None  # of the bits/dim, since the row before
+        self._retries = 0
+        self._saved_at: float | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        if console.is_terminal and not self._quiet:
+            # Where only stdout is a file, what is said goes there as it is.
+            redirected = sys.stdout.isatty()
+            self._live = Live(
+                get_renderable=self._below, console=console, transient=True, refresh_per_second=2,
+                redirect_stdout=redirected,
+            )  # fmt: skip
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
 
     def __call__(self, event: "Event") -> None:
         match event.kind:
@@ -69,9 +126,62 @@ class Progress:
                 say(event.body["text"])
             case "row" if not self._quiet:
                 self._tell_attempt(event.body)
+                if event.body["split"] == "train":
+                    self._take(event.body)
                 say(self._row(event.body))
             case "record" if not self._quiet:
+                self._saved_at = time.monotonic()
                 say(f"{self._at(event.body['images_seen'])}  checkpoint committed")
+                self._tell_what_is_held_out(event.body)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        from vaejob.metrics import LikelihoodTotals
+
+        totals = LikelihoodTotals.from_dict(row)
+        bits = None if totals.non_finite else totals.bits_per_dim
+        self._change = None if bits is None or self._bits is None else bits - self._bits
+        self._newest, self._newest_at, self._bits = row, time.monotonic(), bits
+        self._retries += row.get("retries", 0)
+
+    def _trend(self) -> str:
+        return "" if self._change is None else f", {self._change:+.4f} since the last"
+
+    def _facts(self, row: dict[str, Any]) -> list[str]:
+        """What a row tells besides its likelihood and its rate."""
+        facts: list[str] = []
+        workers, now = row.get("world_size", 1), time.monotonic()
+        if self._epoch_images:
+            epochs = (images / self._epoch_images for images in (row["images_seen"], self._job.training.images))
+            facts.append("epoch {:,.1f} of {:,.1f}".format(*epochs))
+        if workers > 1:
+            facts.append(f"{workers:,} workers")
+        if self._retries:
+            facts.append(f"{self._retries:,} {'retry' if self._retries == 1 else 'retries'}")
+        if self._saved_at is not None:
+            facts.append(f"checkpoint {_duration(now - self._saved_at)} old")
+        return facts
+
+    def _below(self) -> "RenderableType":
+        """The lines that stay at the foot of a terminal, as of now."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        now, row, total = time.monotonic(), self._newest, self._job.training.images
+        if row is None:
+            return Text(f"{_duration(now - self._began)} since the start, no report yet")
+        seen, rate = row["images_seen"], row["images"] / row["seconds"]
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(ProgressBar(total=total, completed=seen), f"{100 * seen / total:.0f} % of {total:,} images")
+        silent = now - self._newest_at
+        left = max(0.0, (total - seen) / rate - silent)
+        facts = [f"{_duration(left)} left", f"{rate:,.0f} images/s"]
+        if self._bits is not None:
+            facts.append(f"{self._bits + (density_bits(self._job.likelihood) or 0.0):.4f} bits/dim{self._trend()}")
+        return Group(bar, Text(", ".join([*facts, *self._facts(row), f"report {_duration(silent)} old"])))
 
     def _tell_attempt(self, row: dict[str, Any]) -> None:
         started_at = row["attempt_started_at_images"]
@@ -79,22 +189,40 @@ class Progress:
             say(f"continuing from the checkpoint at {started_at:,} images")
         self._attempt = row["attempt"]
 
+    def _tell_what_is_held_out(self, record: dict[str, Any]) -> None:
+        """Once: it is the same for every row."""
+        from vaejob.metrics import LikelihoodTotals
+
+        if self._told or not record["held_out"]:
+            return
+        self._told = True
+        totals, samples = LikelihoodTotals.from_dict(record["held_out"]), self._job.training.evaluate_samples
+        data, fingerprint = self._job.data.test or "unknown", record["test_fingerprint"] or "unknown"
+        say(
+            f"         held out: {what_it_is_of(self._job, totals, samples=samples, data=data, fingerprint=fingerprint)}"
+        )
+
     def _row(self, row: dict[str, Any]) -> str:
         from vaejob.metrics import LikelihoodTotals
 
         totals = LikelihoodTotals.from_dict(row)
         at = self._at(row["images_seen"])
         if row["split"] == "test":
-            return f"{at}  held out {bits_and_nats(totals, self._job.likelihood)}, {totals.images:,} images"
+            name = bound_name(self._job.training.evaluate_samples)
+            return f"{at}  held out {bits_and_nats(totals, self._job.likelihood)}, {name} of {totals.images:,} images"
         rate = totals.images / row["seconds"]
+        left = f"{rate:,.0f} images/s, {_duration((self._job.training.images - row['images_seen']) / rate)} left"
+        if self._live is None:  # else they stand below
+            left = ", ".join([left, *self._facts(row)])
+        if totals.non_finite:
+            return f"{at}  train {bits_and_nats(totals, self._job.likelihood)}, {left}"
         added = density_bits(self._job.likelihood)
         nats, in_bits = (
             ("nats", "bits/dim") if added is None else ("nats (density)", f"bits/dim (density + {added:.4f})")
         )
-        left = (self._job.training.images - row["images_seen"]) / rate
         return (
-            f"{at}  train {totals.mean('negative_bound'):.2f} {nats}, {totals.bits_per_dim + (added or 0.0):.4f} {in_bits}, "
-            f"{rate:,.0f} images/s, {_duration(left)} left"
+            f"{at}  train {totals.mean('negative_bound'):.2f} {nats}, {totals.bits_per_dim + (added or 0.0):.4f} {in_bits}{self._trend()}, "
+            f"{'given own codes, ' if self._job.objective.own_codes else ''}{left}"
         )
 
     def _at(self, images_seen: int) -> str:
@@ -106,3 +234,45 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+@contextmanager
+def images_done(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Tells how many images of how many are done: a bar on a terminal, else a line every few seconds.
+
+    On stderr, so that stdout holds results only.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield (lambda done, total: None) if quiet else _line_now_and_then(what)
+        return
+    columns = TextColumn(what), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("images{task.fields[pace]}")
+    began = time.monotonic()
+    with Bars(*columns, console=console, transient=True, expand=True, redirect_stdout=sys.stdout.isatty()) as bars:
+        task = bars.add_task(what, total=None, pace="")
+
+        def tell(done: int, total: int) -> None:
+            pace = f", {_pace(done, total, seconds=time.monotonic() - began)}" if done else ""
+            bars.update(task, completed=done, total=total, pace=pace)
+
+        yield tell
+
+
+def _line_now_and_then(what: str) -> Callable[[int, int], None]:
+    began = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= _SECONDS_BETWEEN_LINES and done:
+            last = now
+            warn(f"{what}: {done:,} of {total:,} images, {_pace(done, total, seconds=now - began)}")
+
+    return tell
+
+
+def _pace(done: int, total: int, *, seconds: float) -> str:
+    return f"{done / seconds:,.0f}/s, {_duration((total - done) / done * seconds)} left"

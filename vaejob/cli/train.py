@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaejob.cli.terminal import Progress, bits_and_nats, say, say_json, warn, what_it_is_of
-from vaejob.errors import STOPPED_STATUS
+from vaejob.cli.terminal import SHOW_CURSOR, Progress, bits_and_nats, say, say_json, warn, what_it_is_of
+from vaejob.errors import STOPPED_STATUS, VaejobError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,22 +77,22 @@ def quickstart(
     from vaejob.storage import absolute, join
 
     bucket = absolute(bucket)
-    digits = join(bucket, "digits")
-    images, keys = _digits()
-    manifests = pack(ArraySource("scikit-learn's digits, 8x8", images, keys), digits, split="train=0.8,test=0.2")
+    home = join(bucket, "digits")
+    images, keys = digits()
+    manifests = pack(ArraySource("scikit-learn's digits, 8x8", images, keys), home, split="train=0.8,test=0.2")
     packed = ", ".join(f"{manifest.images:,} {split}" for split, manifest in manifests.items())
-    say(f"packed {packed} images of handwritten digits into {digits}")
-    settings = [f"run.bucket={bucket}", f"data.train={digits}/train", f"data.test={digits}/test"]
+    say(f"packed {packed} images of handwritten digits into {home}")
+    settings = [f"run.bucket={bucket}", f"data.train={home}/train", f"data.test={home}/test"]
     run_job(load_config("quickstart", *settings, f"cluster.workers={workers}"), quiet=False, as_json=False)
 
 
-def _digits() -> "tuple[np.ndarray, list[str]]":
+def digits() -> "tuple[np.ndarray, list[str]]":
     """1,797 handwritten digits of 8x8 pixels, their 17 grey levels stretched to 0..255."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype("uint8")[:, None]
-    return images, [f"digit-{index:04d}-{label}" for index, label in enumerate(digits.target)]
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).round().astype("uint8")[:, None]
+    return images, [f"digit-{index:04d}-{label}" for index, label in enumerate(bunch.target)]
 
 
 def run_job(job: "JobConfig", *, quiet: bool, as_json: bool) -> None:
@@ -99,13 +100,27 @@ def run_job(job: "JobConfig", *, quiet: bool, as_json: bool) -> None:
     import vaejob
 
     stop = StopFlag()
-    address = vaejob.train(job, on_event=Progress(job, quiet=quiet), should_stop=stop)
+    with Progress(job, quiet=quiet, epoch_images=_epoch_images(job)) as progress:
+        address = vaejob.train(job, on_event=progress, should_stop=stop)
     finish(address, job, stopped=bool(stop()), as_json=as_json)
 
 
+def _epoch_images(job: "JobConfig") -> int | None:
+    """Images of the training data; None where training itself will say what is wrong with them."""
+    from vaejob.data.manifest import read_manifest
+    from vaejob.storage import open_bucket
+
+    try:
+        return read_manifest(open_bucket(job.data.train)).images
+    except VaejobError:
+        return None
+
+
 def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> None:
-    """Says what came of the run, draws its pictures if it is done, and exits with its status."""
-    from vaejob.cli.overview import likelihood_numbers
+    """Says what came of the run, draws its pictures and writes its report if it is done, and exits with its status."""
+    from vaejob.cli.overview import held_out_identity, likelihood_numbers, look_at
+    from vaejob.cli.report import write_report
+    from vaejob.cli.tensorboard import write_events
     from vaejob.metrics import LikelihoodTotals
     from vaejob.pictures.run_pictures import write_run_pictures
     from vaejob.storage import open_bucket
@@ -116,11 +131,21 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
         seen = record.images_seen if record else 0
         warn(f"stopped at {seen:,} of {job.training.images:,} images; go on with: vaejob resume {address}")
         raise typer.Exit(STOPPED_STATUS if stopped else 3)
-    pictures = write_run_pictures(address)
+    pictures, page = write_run_pictures(address), None
+    try:
+        page = write_report([address])
+    except VaejobError as error:  # the run is done and whole; its report can be written at any time
+        warn(f"no report was written: {error}; repeat with: vaejob report {address}")
+    try:
+        write_events(address)
+    except VaejobError as error:
+        warn(f"no event files were written: {error}; repeat with: vaejob tensorboard {address}")
     totals = LikelihoodTotals.from_dict(record.held_out) if record.held_out else None
     if as_json:
-        numbers = likelihood_numbers(totals, job.likelihood) if totals else {}
+        identity = held_out_identity(look_at(address, whole_history=False), record)
+        numbers = identity.to_dict() | likelihood_numbers(totals, job.likelihood) if totals and identity else {}
         result = {"run": address, "images_seen": record.images_seen, "pictures": pictures, "held_out": record.held_out}
+        result["report"] = page
         say_json(result | numbers)
         return
     say()
@@ -137,6 +162,8 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
         say(f"held out  {bits_and_nats(totals, job.likelihood)}")
         say(f"          {of}")
     say(f"pictures  {pictures['samples-beside-reconstructions']}")
+    if page:
+        say(f"report    {page}")
 
 
 class StopFlag:
@@ -152,6 +179,8 @@ class StopFlag:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), SHOW_CURSOR.encode())  # that a bar hides
             os._exit(130)
         self._asked = True
         warn("saving a checkpoint, then stopping; ctrl-C again ends at once")

@@ -1,14 +1,19 @@
-"""The verbs that use a trained model: evaluate, sample, reconstruct."""
+"""The verbs that use a trained model: evaluate, sample, reconstruct, interpolate."""
 
 import math
+from collections.abc import Callable, Generator
+from contextlib import closing
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaejob.cli.terminal import density_bits, say, say_json, warn, what_it_is_of
+from vaejob.cli.terminal import bound_name, density_bits, images_done, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
     from vaejob.metrics import LayerTotals, LikelihoodTotals
@@ -22,15 +27,27 @@ Out = Annotated[str, typer.Option(help="The PNG file to write.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object, at full precision.")]
 
 
+class PrecisionName(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 def evaluate(
     run: Run,
     data: Data = None,
     samples: Annotated[int, typer.Option(min=1, help="Codes per image: 1 gives the ELBO, K the IWAE-K bound.")] = 1,
     checkpoint: Checkpoint = "latest",
     workers: Annotated[int, typer.Option(min=0, help="Ray tasks to share the work; 0: this process alone.")] = 0,
+    precision: Annotated[
+        PrecisionName, typer.Option(help="Of the networks' products; bf16 is faster where the hardware has it.")
+    ] = PrecisionName.fp32,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Of many samples: seconds to begin, faster from then on.")
+    ] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Also the rate and active units of each layer of codes.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the result.")] = False,
     as_json: Json = False,
 ) -> None:
     """The bound on the likelihood of a data set's images, each seen once.
@@ -50,11 +67,15 @@ def evaluate(
             images.bucket.url,
             checkpoint=str(model.record.images_seen),
             samples=samples,
+            precision=precision.value,
+            compiled=compiled,
             workers=workers,
             cluster=model.job.cluster,
         )
     else:
-        totals = model.evaluate(images, samples=samples)
+        with images_done("evaluating", quiet=quiet or as_json) as on_progress:
+            told = _told(images, on_progress)
+            totals = model.evaluate(told, samples=samples, precision=precision.value, compiled=compiled)
     assert totals.images == images.manifest.images, totals
     if totals.non_finite:
         raise RunError(
@@ -63,9 +84,12 @@ def evaluate(
         )
     of_layers = model.layer_diagnostics(images) if layers else None
     if as_json:
-        say_json(_result(model, images, totals, samples=samples) | _layer_numbers(of_layers))
+        result = _result(model, images, totals, samples=samples) | {"precision": precision.value}
+        say_json(result | _layer_numbers(of_layers))
     else:
         _say_result(model, images, totals, samples=samples)
+        if precision is PrecisionName.bf16:
+            say("precision   bf16 products; compare with numbers in fp32 to two decimals of a nat at most")
         for number, layer in enumerate(_layer_numbers(of_layers).get("layers", []), start=1):
             say(
                 f"layer {number:<5} {layer['rate_nats']:.4f} nats of rate, {layer['active_units']} of {layer['units']} units active"
@@ -114,6 +138,47 @@ def reconstruct(
     _write(out, png_bytes(beside(*reconstruct_some(model, images, count), pairs_per_row=_columns(count))))
 
 
+def interpolate(
+    run: Run,
+    out: Out,
+    data: Data = None,
+    count: Annotated[int, typer.Option(min=1, max=256, help="How many pairs of images, a row each.")] = 8,
+    steps: Annotated[int, typer.Option(min=2, max=64, help="Pictures on the way.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other pairs.")] = 0,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """From one held-out image to another: codes on a straight line, decoded, with the originals at both ends.
+
+    \b
+    Example:
+      vaejob interpolate s3://models/mnist-iwae-1 --out interpolations.png --steps 10
+    """
+    from vaejob.pictures.grid import grid, png_bytes
+    from vaejob.pictures.interpolate import interpolate
+
+    model, images = load_for(run, data, checkpoint=checkpoint)
+    pictures = interpolate(model, images, rows=count, steps=steps, seed=seed)
+    _write(out, png_bytes(grid(pictures, columns=steps + 2)))
+
+
+def _told(data: "DataSet", on_progress: Callable[[int, int], None]) -> "DataSet":
+    """The same images; on_progress hears of each block that has been used."""
+    from vaejob.data.batches import DataSet
+
+    class Told(DataSet):
+        def evaluation_blocks(
+            self, *, rank: int = 0, world_size: int = 1
+        ) -> "Generator[tuple[np.ndarray, np.ndarray], None, None]":
+            done = 0
+            with closing(super().evaluation_blocks(rank=rank, world_size=world_size)) as blocks:
+                for ids, images in blocks:
+                    yield ids, images
+                    done += len(ids)
+                    on_progress(done, self.manifest.images)
+
+    return Told(data.bucket, data.manifest, data.row_groups)
+
+
 def _warn_of(totals: "LikelihoodTotals", layers: "LayerTotals | None", *, samples: int) -> None:
     weights = totals.weights()
     if weights and weights["effective_samples"] < FEW_EFFECTIVE_SAMPLES <= samples:
@@ -152,19 +217,24 @@ def load_for(run: str, data: str | None, *, checkpoint: str) -> "tuple[LoadedMod
 
 
 def _result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *, samples: int) -> dict[str, Any]:
-    from vaejob.cli.overview import likelihood_numbers
+    from vaejob.cli.overview import Identity, likelihood_numbers
 
+    manifest = data.manifest
+    identity = Identity(
+        bound="elbo" if samples == 1 else "iwae",
+        samples=samples,
+        images=totals.images,
+        data=data.bucket.url,
+        split=manifest.split,
+        fingerprint=manifest.fingerprint,
+        likelihood=model.job.likelihood,
+    )
     return {
         "run": model.address,
         "checkpoint": model.record.images_seen,
-        "bound": "elbo" if samples == 1 else "iwae",
-        "samples": samples,
+        **identity.to_dict(),
         **likelihood_numbers(totals, model.job.likelihood),
         **totals.weights(),
-        "data": data.bucket.url,
-        "split": data.manifest.split,
-        "fingerprint": data.manifest.fingerprint,
-        **model.job.likelihood.model_dump(),
     }
 
 
@@ -174,7 +244,7 @@ def _say_result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals
     numbers = likelihood_numbers(totals, model.job.likelihood)
     added = density_bits(model.job.likelihood)
     for title, nats, in_bits in (
-        ("-ELBO" if samples == 1 else f"-IWAE-{samples}", "negative_bound_nats", "bits_per_dim"),
+        (bound_name(samples), "negative_bound_nats", "bits_per_dim"),
         ("distortion", "distortion_nats", "distortion_bits_per_dim"),
         ("rate", "rate_nats", "rate_bits_per_dim"),
     ):
