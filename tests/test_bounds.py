@@ -50,7 +50,7 @@ class LinearVAE(VAE):
         shift, rho = ENCODERS[encoder]
         self.dtype = dtype
         self.shift = torch.tensor([shift, 0], dtype=dtype)
-        self.log_std = (POSTERIOR_VARIANCE * torch.tensor([rho, 1])).log().to(dtype) / 2
+        self.log_std = (POSTERIOR_VARIANCE * torch.tensor([rho, 1], dtype=torch.float64)).log().to(dtype) / 2
 
     def encode(self, inputs: Tensor) -> Gaussian:
         mean = (inputs.flatten(1) - MU.to(self.dtype)) @ (W * POSTERIOR_VARIANCE / S2).to(self.dtype) + self.shift

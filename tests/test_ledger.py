@@ -1,14 +1,17 @@
 """The driver's book holds the job's numbers and nobody else's."""
 
+import io
 import secrets
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vaejob.training.ledger
 from tests.test_step import JOB
 from vaejob.config import JobConfig
-from vaejob.errors import CheckpointError
+from vaejob.errors import CheckpointError, ClusterError
 from vaejob.metrics import LikelihoodTotals
 from vaejob.storage import Bucket, open_bucket
 from vaejob.storage.runs import StateFile, read_record, read_rows, recorded_images, write_state_file
@@ -127,3 +130,68 @@ def test_events_are_told_in_their_order() -> None:
     ledger._on_event = told.append
     ledger.add([moment(10, 1, train=[totals_of([4])], saved=saved_by(run, 10, 1), notes=[("passed over",)])])
     assert [event.kind for event in told] == ["row", "note", "record"]
+
+
+def test_row_tells_of_the_steps_that_every_worker_took_or_skipped() -> None:
+    run = new_run()
+    steps = {"steps": 7, "skipped_steps": 2, "non_finite_steps": 1, "gradient_norms": 2.5, "halvings": 1}
+    both = {name: [value, value] for name, value in steps.items()}
+    nats = [totals_of([1]), totals_of([1])]
+    ledger_of(run).add([moment(9, 2, train=nats, replica_checksum=[2**64 - 1] * 2, **both)])
+    (row,) = read_rows(run)
+    assert {name: row[name] for name in steps} == steps
+    assert row["replica_checksum"] == "f" * 16
+
+
+@pytest.mark.parametrize(
+    ("checksums", "says"),
+    [
+        ([1, 2], "the weights of worker 1 of 2 differ from those of worker 0 at 20 images seen"),
+        ([3, 1, 1, 4, 1], "the weights of workers 0, 3 of 5 differ from those of worker 1 at 20 images seen"),
+    ],
+)
+def test_workers_that_no_longer_hold_the_same_weights_end_the_job(checksums: list[int], says: str) -> None:
+    run, ranks = new_run(), len(checksums)
+    ledger = ledger_of(run)
+    good = moment(10, ranks, train=[totals_of([1])] * ranks, replica_checksum=[5] * ranks)
+    bad = moment(20, ranks, train=[totals_of([1])] * ranks, replica_checksum=checksums, saved=saved_by(run, 20, ranks))
+    with pytest.raises(ClusterError, match=says) as refusal:
+        ledger.add([good, bad])
+    assert "\n" not in str(refusal.value)
+    assert recorded_images(run) == []
+
+
+def test_attempts_told_of_together_are_kept_apart() -> None:
+    """A job that goes back begins another attempt; both may reach the ledger in one message."""
+    run = new_run()
+    diverged = [moment(n, 1, attempt="1", train=[totals_of([1] * 10)]) for n in (10, 20, 30)]
+    again = [moment(n, 1, attempt="2", started_at=10, train=[totals_of([2] * 10)]) for n in (20, 30)]
+    ledger_of(run).add([*diverged, *again])
+    assert [(row["attempt"], row["images_seen"]) for row in read_rows(run)] == [("1", 10), ("2", 20), ("2", 30)]
+
+
+def test_history_older_than_a_column_is_read() -> None:
+    run = new_run()
+    ledger_of(run).add([moment(10, 1, train=[totals_of([1])])])
+    (key,) = run.keys("metrics/")
+    table = pq.read_table(io.BytesIO(run.read(key))).drop_columns(["steps", "skipped_steps", "replica_checksum"])
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    run.write(key, sink.getvalue())
+    (row,) = read_rows(run)
+    assert row["images"] == 1
+    assert row.get("skipped_steps") is None
+
+
+def test_reports_share_files_and_each_stands_in_the_history_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vaejob.training.ledger, "ROWS_OF_A_FILE", 4)
+    run = new_run()
+    ledger = ledger_of(run)
+    told: list[tuple[str, int]] = []
+    for attempt, messages in (("1", [[1, 2], [3], [4, 5, 6], [7], [8]]), ("2", [[9], [10], [11]]), ("3", [[12]])):
+        for message in messages:
+            ledger.add([moment(n, 1, attempt=attempt, started_at=n - 1, train=[totals_of([n])]) for n in message])
+            told += [(attempt, n) for n in message]
+            assert [(row["attempt"], row["images_seen"]) for row in read_rows(run)] == told
+    files = [pq.read_table(io.BytesIO(run.read(key))).column("images_seen").to_pylist() for key in run.keys("metrics/")]
+    assert files == [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11], [12]]

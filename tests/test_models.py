@@ -360,6 +360,35 @@ def test_weights_survive_a_file(config):
     assert torch.equal(other.infer(inputs, noise(2)).parameters, vae.infer(inputs, noise(2)).parameters)
 
 
+UNBOUNDED_UNITS = {
+    "mlp-gelu": MLP.model_copy(update={"activation": "gelu"}),
+    "two-layers-relu": TWO.model_copy(update={"activation": "relu"}),
+    "conv": CONV,
+    "tied": TIED,
+    "tied-conv": TIED_CONV,
+    "ladder": LADDER,
+}
+
+
+@pytest.mark.parametrize("config", UNBOUNDED_UNITS.values(), ids=UNBOUNDED_UNITS)
+def test_no_weights_make_a_scale_overflow(config):
+    vae = build(config, shape=(1, 8, 8))
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.normal_(std=3.0)
+    layers, _ = vae.infer(binary_images(4).float(), noise(4))
+    for layer in layers:
+        scales = torch.cat([gaussian.log_std.flatten() for gaussian in (layer.posterior, layer.prior)])
+        assert scales.abs().max() <= 5
+
+
+def test_tanh_units_have_the_scale_of_the_paper():
+    vae = build(MLP, shape=(1, 8, 8))
+    with torch.no_grad():
+        vae.posterior.bias.fill_(7.0)
+    assert vae.encode(binary_images(2).float()).log_std.min() > 5
+
+
 @every_family
 def test_gaussians_are_float32_under_autocast(config):
     vae = build(config, shape=(1, 8, 8))

@@ -121,6 +121,17 @@ def test_no_images_draw_nothing():
     assert none.fold(2).normal(LATENT, (5,)).shape == (0, 5)
 
 
+@pytest.mark.parametrize("images", [0, 1, 3])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (1, 1, 1), (2, 0), (3,)])
+@pytest.mark.parametrize("draw", [Noise.uniform, Noise.normal])
+def test_every_shape_can_be_drawn(draw, shape, images):
+    some = noise(np.arange(images, dtype=np.int64))
+    drawn = draw(some, LATENT, shape)
+    assert drawn.shape == (images, *shape)
+    if math.prod(shape) == 1:
+        assert torch.equal(drawn.flatten(), draw(some, LATENT, (7,))[:, 0])
+
+
 @pytest.mark.parametrize("device_shape", [(400, 501), (4, 50_100), (100_100, 2)])
 def test_distributions_are_uniform_and_normal(device_shape):
     images, size = device_shape

@@ -1,5 +1,6 @@
 """The observation models are probabilities: known values, brute force in float64, and mass one over wild parameters."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_ndtr
+from scipy.stats import chi2
 from torch.nn import functional as F
 
 from vaejob.config import LikelihoodConfig
 from vaejob.errors import ConfigError
+from vaejob.likelihood.logistic import log_mass
 from vaejob.likelihood.pixels import (
     Bernoulli,
     Categorical,
@@ -73,6 +76,8 @@ def exact_log_mass(j: int, mean: float, log_scale: float, *, levels: int) -> flo
     ],
 )
 def test_logistic_has_its_known_values(value, mean, log_scale, expected):
+    wide = log_mass(*torch.tensor([mean, log_scale], dtype=torch.float64), torch.tensor(value), count=256)
+    assert wide.item() == pytest.approx(expected, rel=1e-9)
     found = DiscretizedLogistic().log_prob(one_pixel(mean, log_scale), level(value)).item()
     assert found == pytest.approx(expected, rel=3e-5)
     assert exact_log_mass(value, mean, log_scale, levels=256) == pytest.approx(expected, rel=1e-9)
@@ -93,8 +98,9 @@ def test_logistic_equals_brute_force(bits, data, mean, log_scale):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_pixel_probabilities_sum_to_one(pixels, data):
-    row = st.lists(WILD, min_size=pixels.parameters(1), max_size=pixels.parameters(1))
-    parameters = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=5)))
+    count = pixels.parameters(1)
+    row = st.lists(WILD, min_size=count, max_size=count)
+    parameters = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=max(1, 100 // count))))  # drawing is slow
     mass = total_mass(pixels, parameters.view(len(parameters), -1, 1, 1))
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
 
@@ -219,8 +225,111 @@ def test_training_starts_at_the_mean_of_the_pixels():
     mean_levels = torch.tensor([[[0.0, 0.25, 1.0]]])
     start = Bernoulli().initial_parameters(mean_levels)
     torch.testing.assert_close(start.sigmoid(), mean_levels.clamp(0.001, 0.999))
-    logistic = DiscretizedLogistic(bits=8).initial_parameters(torch.tensor([[[0.0]], [[127.5]], [[255.0]]]))
-    assert logistic.flatten().tolist() == [-1, 0, 1, -2, -2, -2]
+
+
+START = [
+    *(kind(bits=bits) for bits in (1, 5, 8) for kind in (DiscretizedLogistic, DiscretizedGaussian, Categorical)),
+    *(DiscretizedLogisticMixture(bits=bits, components=m) for bits in (1, 8) for m in (1, 4)),
+    *DENSITIES,
+]
+
+
+@pytest.mark.parametrize("pixels", START, ids=repr)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_pixels_start_at_their_mean_and_a_hundredth_off_black_and_white(pixels, channels):
+    grey = torch.tensor([0.0, 0.003, 0.01, 0.2, 0.5, 0.77, 0.99, 1.0]).repeat(channels).view(channels, 2, 4)
+    start = pixels.initial_parameters(grey * (pixels.levels - 1))
+    assert start.shape == (pixels.parameters(channels), 2, 4)
+    found = pixels.mean(start.unsqueeze(0))[0]
+    exact = isinstance(pixels, GaussianDensity)  # its parameter is the mean
+    torch.testing.assert_close(found, grey if exact else grey.clamp(0.01, 0.99), rtol=0, atol=2e-5)
+    black = torch.zeros(1, channels, 2, 4, dtype=torch.uint8)
+    assert pixels.log_prob(start.unsqueeze(0), black).isfinite()
+
+
+def rgb_levels(bits: int) -> torch.Tensor:
+    return torch.cartesian_prod(*[torch.arange(1 << bits, dtype=torch.uint8)] * 3)[:, :, None, None]
+
+
+def coupled(seed: int, *, bits: int, log_scale: float, spread: float) -> torch.Tensor:
+    """Parameters of one RGB pixel: three components, all coupled, the scales about e^log_scale."""
+    planes = torch.randn(3 * 10, generator=torch.Generator().manual_seed(seed))
+    planes[3:12] = planes[3:12].clamp(-1, 1) * spread
+    planes[12:21] = planes[12:21] * 0.3 + log_scale
+    return planes.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_of_a_coupled_mixture_follow_its_joint_probabilities(seed):
+    """Pearson's chi^2 over all 64 colours of 2 bits: a wrong component, coupling or order of channels would show."""
+    pixels, images = DiscretizedLogisticMixture(bits=2, components=3), 40_000
+    parameters = coupled(seed, bits=2, log_scale=-1.0, spread=0.8)
+    mass = pixels.log_prob(parameters.expand(64, -1, -1, -1), rgb_levels(2)).double().exp()
+    drawn = pixels.sample(parameters.expand(images, -1, -1, -1), noise(images)).long()
+    assert chi_squared_p(drawn[:, 0] * 16 + drawn[:, 1] * 4 + drawn[:, 2], mass) > 1e-3
+    swapped = mass.view(4, 4, 4).transpose(1, 2).flatten()
+    assert chi_squared_p(drawn[:, 0] * 16 + drawn[:, 1] * 4 + drawn[:, 2], swapped) < 1e-9
+
+
+def chi_squared_p(drawn: torch.Tensor, mass: torch.Tensor) -> float:
+    """Levels that are expected less than five times are taken together."""
+    counts, expected = torch.bincount(drawn.flatten(), minlength=len(mass)).double(), mass * drawn.numel()
+    rare = expected < 5
+    counts, expected = (torch.cat((each[~rare], each[rare].sum()[None])) for each in (counts, expected))
+    kept = expected > 1e-3
+    assert counts[~kept].sum() == 0
+    return float(chi2.sf(((counts - expected).square() / expected)[kept].sum().item(), int(kept.sum()) - 1))
+
+
+@pytest.mark.parametrize("pixels", [kind(bits=3) for kind in (ContinuousBernoulli, GaussianDensity)], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_of_a_density_follow_its_integral_over_each_bin(pixels, seed):
+    """What is drawn is rounded to a level; that of either end takes what lies beyond."""
+    images, generator = 40_000, torch.Generator().manual_seed(seed)
+    parameters = torch.randn(1, pixels.parameters(1), 1, 1, generator=generator) - 0.5
+    low, high = (float(end) for end in pixels.support(parameters))
+    edges = [low, *((j - 0.5) / 7 for j in range(1, 8)), high]
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(64))
+    mass = []
+    for start, stop in itertools.pairwise(edges):
+        start, stop = (min(max(edge, low), high) for edge in (start, stop))
+        x = (start + (stop - start) * (nodes + 1) / 2).float().view(-1, 1, 1, 1)
+        density = pixels.log_density(parameters.expand(64, -1, -1, -1), x).double().exp()
+        mass.append((density * weights).sum() * (stop - start) / 2)
+    mass = torch.stack(mass)
+    assert mass.sum().item() == pytest.approx(1, abs=1e-5)
+    drawn = pixels.sample(parameters.expand(images, -1, -1, -1), noise(images)).long()
+    assert chi_squared_p(drawn, mass) > 1e-3
+    assert chi_squared_p(drawn, mass.flip(0)) < 1e-9
+
+
+@pytest.mark.parametrize(("log_scale", "spread", "bound"), [(-3.0, 0.8, 0.02), (-2.0, 0.8, 0.03), (0.0, 1.0, 0.2)])
+def test_mean_of_a_coupled_mixture_is_near_the_sum_over_all_colours(log_scale, spread, bound):
+    """Red's is exact; the others take the channels before at their mean, which errs where mass is cut off at either end."""
+    pixels, every = DiscretizedLogisticMixture(bits=3, components=3), rgb_levels(3)
+    for seed in range(20):
+        parameters = coupled(seed, bits=3, log_scale=log_scale, spread=spread)
+        mass = pixels.log_prob(parameters.expand(512, -1, -1, -1), every).double().exp()
+        exact = (mass[:, None] * every.flatten(1) / 7).sum(0)
+        found = pixels.mean(parameters).double().flatten()
+        assert abs(found[0] - exact[0]) < 1e-5
+        assert (found - exact).abs().max() < bound
+        uncoupled = parameters.clone()
+        uncoupled[:, 21:] = 0
+        mass = pixels.log_prob(uncoupled.expand(512, -1, -1, -1), every).double().exp()
+        exact = (mass[:, None] * every.flatten(1) / 7).sum(0)
+        torch.testing.assert_close(pixels.mean(uncoupled).double().flatten(), exact, rtol=0, atol=1e-5)
+
+
+def test_a_density_of_constant_pictures_exceeds_one():
+    """784 pixels at their mean with a scale of half a grey level: 4,173 nats above zero, and 0.33 bits/dim once corrected."""
+    pixels = GaussianDensity()
+    parameters = torch.cat((torch.full((1, 1, 28, 28), 100 / 255), torch.full((1, 1, 28, 28), -50.0)), 1)
+    nats = pixels.log_prob(parameters, torch.full((1, 1, 28, 28), 100, dtype=torch.uint8)).item()
+    assert nats == pytest.approx(784 * (math.log(2 * 255) - 0.5 * math.log(2 * math.pi)), rel=1e-6)
+    assert nats > 4000
+    corrected = bits_per_dim(-nats, 784) + pixels.density_bits_correction
+    assert corrected == pytest.approx(0.5 * math.log2(2 * math.pi) - 1, abs=1e-5)
 
 
 @pytest.mark.parametrize(

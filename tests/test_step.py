@@ -164,7 +164,43 @@ def test_learning_rate_warms_up_and_falls_by_half_a_cosine() -> None:
     assert {learning_rate(constant, images_seen=images, images=1100) for images in (0, 500, 1099)} == {0.2}
 
 
+@pytest.mark.parametrize("images", [3280 * 60_000, 3280, 1000, 7])
+def test_staged_learning_rate_is_that_of_the_iwae_paper(images: int) -> None:
+    """Stage i of 0..7 lasts 3^i passes of 3280, at 10^(-i/7) of the rate."""
+    config = OptimizerConfig(learning_rate=1e-3, schedule="staged")
+    passes = [stage for stage in range(8) for _ in range(3**stage)]
+    assert len(passes) == 3280
+    for part in (0, 1, 3, 4, 12, 13, 39, 40, 1092, 1093, 2000, 3279):
+        first = -(-part * images // 3280)  # the first image of this part
+        if first * 3280 < (part + 1) * images:
+            found = learning_rate(config, images_seen=first, images=images)
+            assert found == pytest.approx(1e-3 * 10 ** (-passes[part] / 7), rel=1e-12)
+    rounded = [1e-3, 7.2e-4, 5.2e-4, 3.7e-4, 2.7e-4, 1.9e-4, 1.4e-4, 1e-4]  # as the authors' code has them
+    starts = [(3**stage - 1) // 2 * images for stage in range(8)]
+    found = [learning_rate(config, images_seen=-(-start // 3280), images=images) for start in starts]
+    if images >= 3280:
+        assert found == pytest.approx(rounded, rel=0.02)
+
+
 def test_rate_is_weighed_in_over_the_warm_up() -> None:
     config = ObjectiveConfig(kl_warmup_images=400)
     assert [beta(config, images_seen=images) for images in (0, 100, 400, 9999)] == [0.0, 0.25, 1.0, 1.0]
     assert beta(ObjectiveConfig(), images_seen=0) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
+def test_optimisers_move_as_their_paper_says(name: str) -> None:
+    """Two steps by hand, with settings that are no defaults."""
+    settings = {"name": name, "learning_rate": 0.1, "beta1": 0.8, "beta2": 0.6, "epsilon": 0.05}
+    weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float32))
+    optimizer = make_optimizer(OptimizerConfig(**settings), nn.ParameterList([weight]))
+    w, m, v, u = 2.0, 0.0, 0.0, 0.0
+    for step, gradient in enumerate((0.5, -2.0), start=1):
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        m = 0.8 * m + 0.2 * gradient
+        v = 0.6 * v + 0.4 * gradient**2
+        u = max(0.6 * u, abs(gradient) + 0.05)
+        away = u if name == "adamax" else math.sqrt(v / (1 - 0.6**step)) + 0.05
+        w -= 0.1 * m / (1 - 0.8**step) / away
+        assert weight.item() == pytest.approx(w, rel=1e-5)

@@ -24,10 +24,11 @@ path.insert(0, str(Path(__file__).parents[2]))
 
 import vaejob
 from tests.benchmarks.loop import all_images, pack_digits
+from tests.benchmarks.stepping import take_step
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
 from vaejob.likelihood.bounds import NegativeELBO
-from vaejob.training.step import draw_levels, evaluation_noise, make_optimizer, make_scorer, train_step
+from vaejob.training.step import draw_levels, evaluation_noise, make_optimizer, make_scorer
 
 # A small batch: minutes on one core are few steps.
 COMMON = ["data.global_batch=32", "optimizer.clip=200"]
@@ -98,18 +99,7 @@ def one_family(pipe: Connection, settings: list[str], data: str) -> None:
         began, before, nats = time.process_time(), images, 0.0
         while time.process_time() - began < seconds:
             batch = next(batches)
-            terms = train_step(
-                scorer,
-                optimizer,
-                torch.from_numpy(batch.images),
-                batch.ids,
-                job=job,
-                pixels=scorer.pixels,
-                epoch=batch.place.epoch,
-                beta=1.0,
-                learning_rate=job.optimizer.learning_rate,
-                weight=1 / batch.place.images,
-            )
+            terms = take_step(job, scorer, optimizer, batch)
             images += len(batch.ids)
             nats += terms.objective_nats.item()
         pipe.send((images, nats / (images - before)))

@@ -5,11 +5,16 @@
 The server is a real one on this machine (tests/s3/server.py) and takes CPU time from the step, as a remote one would not.
 The model is that of the recipe mnist-iwae-1, batch 100. Rounds alternate; both take the same batches in the same order, and
 the clock runs from the first batch to the last. The figure is the median over rounds of streamed / in memory, by the clock,
-with its range; beside it the share of the time that the step waited for images.
+with its range.
+
+Where the time goes is told in microseconds an image, medians over rounds: the training thread's CPU time, its wait for a
+batch, and the rest of the clock, in which it wanted to run and did not: it waits for the interpreter's lock, which the
+reading threads hold, or for a core. Each such wait is a voluntary switch.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -24,20 +29,31 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import vaejob
 from tests.benchmarks.loop import pack_digits
+from tests.benchmarks.stepping import take_step
 from tests.s3.server import client, running, which_server
 from vaejob.data.batches import Batch
 from vaejob.storage import open_bucket
-from vaejob.training.step import make_optimizer, make_scorer, train_step
+from vaejob.training.step import make_optimizer, make_scorer
 
 BUCKET = "step-rate"
 
 
-class Rate(NamedTuple):
-    """One pass of training."""
+class Costs(NamedTuple):
+    """One pass of training, in microseconds an image."""
 
-    images_per_s: float
+    clock: float
+    cpu: float
+    """Of the training thread."""
     waited: float
-    """Share of the time."""
+    """For a batch."""
+    switches: float
+    """Times that the training thread gave up its core of itself, in 100 images: a step."""
+    process_cpu: float
+    """Of all threads, the reader's among them."""
+
+    @property
+    def held_up(self) -> float:
+        return self.clock - self.cpu - self.waited
 
 
 def main() -> None:
@@ -59,44 +75,65 @@ def main() -> None:
             remote.write(key, local.read(key))
         job = vaejob.load_config("mnist-iwae-1", f"data.train={remote.url}", "data.test=null")
         held = list(batches(job, images=options.images))
-        ratios = []
+        rounds: list[dict[str, Costs]] = []
         for turn in range(-1, options.rounds):  # the first round warms up
             passes = {"streamed": lambda: batches(job, images=options.images), "in memory": lambda: held}
             found = {name: steps(job, passes[name]()) for name in sorted(passes, reverse=turn % 2 == 0)}
             if turn >= 0:
-                ratios.append(found["streamed"].images_per_s / found["in memory"].images_per_s)
-                rates = ", ".join(f"{name} {rate.images_per_s:,.0f} images/s" for name, rate in found.items())
-                print(f"{rates}, waited {found['streamed'].waited:.1%}, load {os.getloadavg()[0]:.1f}")
+                rounds.append(found)
+                rates = ", ".join(f"{name} {1e6 / costs.clock:,.0f} images/s" for name, costs in found.items())
+                print(f"{rates}, load {os.getloadavg()[0]:.1f}", flush=True)
+    say(rounds)
+
+
+def say(rounds: list[dict[str, Costs]]) -> None:
+    ratios = [found["in memory"].clock / found["streamed"].clock for found in rounds]
     print(f"streamed / in memory: {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")
+    for name in ("in memory", "streamed"):
+        costs = [found[name] for found in rounds]
+        clock, cpu, waited, switches, process, held_up = (
+            statistics.median(values) for values in zip(*((*c, c.held_up) for c in costs), strict=True)
+        )
+        print(
+            f"{name:>9}: {clock:.1f} us an image = {cpu:.1f} on the core + {waited:.1f} waiting for a batch + {held_up:.1f} "
+            f"held up, {switches:.1f} switches a step; other threads {process - cpu:.1f} us of CPU"
+        )
+
+
+class Clocks(NamedTuple):
+    """Of this thread and process, in seconds."""
+
+    clock: float = 0.0
+    cpu: float = 0.0
+    process: float = 0.0
+    switches: int = 0
+
+    @classmethod
+    def read(cls) -> "Clocks":
+        switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        return cls(time.perf_counter(), time.thread_time(), time.process_time(), switches)
 
 
 def batches(job: vaejob.JobConfig, *, images: int) -> Iterator[Batch]:
     return vaejob.open_data(job.data.train).training_batches(job.data, seed=0, images_seen=0, until=images)
 
 
-def steps(job: vaejob.JobConfig, source: Iterable[Batch]) -> Rate:
+def steps(job: vaejob.JobConfig, source: Iterable[Batch]) -> Costs:
     scorer = make_scorer(job, shape=(1, 28, 28))
     optimizer = make_optimizer(job.optimizer, scorer)
-    given, began, images, waited = iter(source), 0.0, 0, 0.0
+    given, began, images, waited = iter(source), Clocks(), 0, 0.0
     while True:
         asked = time.perf_counter()
         if (batch := next(given, None)) is None:
-            return Rate(images / (asked - began), waited / (asked - began))
-        if not began:
-            began = asked = time.perf_counter()
+            clock, cpu, process, switches = (now - then for now, then in zip(Clocks.read(), began, strict=True))
+            return Costs(
+                *(1e6 * each / images for each in (clock, cpu, waited)), 100 * switches / images, 1e6 * process / images
+            )
+        if not images:
+            began = Clocks.read()
+            asked = began.clock
         waited += time.perf_counter() - asked
-        train_step(
-            scorer,
-            optimizer,
-            torch.from_numpy(batch.images),
-            batch.ids,
-            job=job,
-            pixels=scorer.pixels,
-            epoch=batch.place.epoch,
-            beta=1.0,
-            learning_rate=1e-3,
-            weight=1 / batch.place.images,
-        )
+        take_step(job, scorer, optimizer, batch)
         images += len(batch.ids)
 
 

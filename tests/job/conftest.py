@@ -35,6 +35,11 @@ cluster: {{workers: 0, wait_seconds: 30}}
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """scikit-learn's digits, packed as the quickstart packs them, in row groups small enough to be many."""
+    return pack_digits(str(tmp_path_factory.mktemp("digits")))
+
+
+def pack_digits(address: str) -> str:
+    """1,797 digits of 8x8 pixels, the fifth part of them in the test split; the address again."""
     from sklearn.datasets import load_digits
 
     from vaejob.data.pack import pack
@@ -43,9 +48,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     bunch = load_digits()
     images = (bunch.images * (255 / 16)).round().astype("uint8")[:, None]
     source = ArraySource("digits", images, [f"digit-{index:04d}" for index in range(len(images))])
-    folder = str(tmp_path_factory.mktemp("digits"))
-    pack(source, folder, split="train=0.8,test=0.2", row_group_bytes=6400, shard_bytes=32000)
-    return folder
+    pack(source, address, split="train=0.8,test=0.2", row_group_bytes=6400, shard_bytes=32000)
+    return address
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +100,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
     # Ray's sockets need a short path.
     folder = Path("/tmp") / f"vaejob-ray-{os.getpid()}"
     folder.mkdir(mode=0o700)
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard = free_port(), free_port()
     env = {
         **os.environ,
         "PORT": str(port),
@@ -106,7 +110,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
     }
     log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
     # The agent's port is fixed unless it is given: a second cluster on the machine would have no agent for jobs.
-    agent = f"--dashboard-agent-listen-port={_free_port()}"
+    agent = f"--dashboard-agent-listen-port={free_port()}"
     options = [
         agent,
         "--num-cpus=4",
@@ -118,7 +122,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
         ["deploy/ray-node.sh", "head", *options], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
     )
     try:
-        _wait_until_answers(f"http://127.0.0.1:{dashboard}/api/jobs/", head, Path(log.name))
+        wait_until_answers(f"http://127.0.0.1:{dashboard}/api/jobs/", head, Path(log.name))
         yield {
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -151,13 +155,13 @@ def kill_tree(pid: int) -> None:
             continue
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:

@@ -1,7 +1,10 @@
 """What is wrong with the input is said in one line, with the exit status of its kind, and nothing is left behind."""
 
+import json
 import shutil
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,18 @@ def refused(vaejob: Vaejob, *arguments: object, status: int = 2, env: dict[str, 
     return lines[0]
 
 
+def of_cluster(kind: str, ray_head: dict[str, str]) -> list[dict[str, Any]]:
+    """What Ray knows of its actors or placement groups, those that are gone too."""
+    address = f"{ray_head['RAY_API_SERVER_ADDRESS']}/api/v0/{kind}?limit=10000"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        listed: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    return listed
+
+
+def worker_actors(ray_head: dict[str, str]) -> int:
+    return sum(actor["class_name"] == "RayTrainWorker" for actor in of_cluster("actors", ray_head))
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -27,7 +42,10 @@ def refused(vaejob: Vaejob, *arguments: object, status: int = 2, env: dict[str, 
         ("trainig.images=5", "trainig is not a setting; did you mean training?"),
         ("data.global_batch=0", "data.global_batch is 0; it must be greater than or equal to 1"),
         ("data.global_batch=many", "data.global_batch is 'many'; it must be a valid integer"),
-        ("model.family=cnn", "model.family is 'cnn'; it must be 'mlp', 'conv', 'tied' or 'hierarchical'"),
+        (
+            "model.family=cnn",
+            "model.family is 'cnn'; it must be 'mlp', 'conv', 'tied', 'hierarchical' or 'decoder-only'",
+        ),
         ("run.name=a/b", "run.name is 'a/b'; it must"),
         ("run.bucket=ftp://x", "ftp://x/run is no address"),
         ("likelihood.pixels=bernoulli", "choose binarize=threshold, static or dynamic"),
@@ -87,8 +105,12 @@ def test_damaged_shard(
         content[len(content) // 2] ^= 1
         shard.write_bytes(content if damage == "flipped" else b"")
     settings = [f"data.train={data}/train", "--quiet", f"cluster.workers={workers}"]
+    before = worker_actors(ray_head)
     line = refused(vaejob, "train", job_file, *settings, env=ray_head)
     assert "train/00001.parquet" in line
+    # They are not started again, which would find the same shard and, as the job ends meanwhile, leave places taken.
+    assert worker_actors(ray_head) == before + workers
+    assert {group["state"] for group in of_cluster("placement_groups", ray_head)} <= {"REMOVED"}
 
 
 @pytest.mark.ray

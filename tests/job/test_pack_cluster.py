@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.job.conftest import ROOT, Vaejob, kill_tree
+from vaejob.cluster.pack import _until_interrupted
 from vaejob.data.pack import pack
 from vaejob.data.verify import verify
 from vaejob.storage import open_bucket
@@ -101,14 +102,15 @@ def pack_here(source: str, dest: str) -> dict[str, str]:
 
 @contextmanager
 def packing(source: str, dest: Path) -> Iterator[subprocess.Popen[str]]:
-    """`vaejob pack --cluster` in a Ray of its own, once the first shards are there."""
+    """`vaejob pack --cluster` in a Ray of its own, once the first shard is there."""
     command = [sys.executable, "-m", "vaejob", "pack", source, str(dest), "--cluster", *WISHES]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:  # fmt: skip
         family = []
         try:
-            while len(list(dest.rglob("*.parquet"))) < 3:
+            while not list(dest.rglob("*.parquet")):
                 assert process.poll() is None, process.stderr
                 time.sleep(0.01)
             family = psutil.Process(process.pid).children(recursive=True)
@@ -158,7 +160,7 @@ def test_packing_whose_driver_was_killed_is_finished_by_repeating_it(
         process.kill()
     kept = {path: path.stat().st_mtime_ns for path in dest.rglob("*.parquet")}
     assert not (dest / "train" / "manifest.json").exists()
-    assert 3 <= len(kept) < 30
+    assert 1 <= len(kept) < 30
 
     again = vaejob("pack", source, dest, "--cluster", *WISHES)
     assert again.returncode == 0, again.stderr
@@ -185,10 +187,32 @@ def test_ctrl_c_ends_packing_with_one_line(source: str, tmp_path: Path) -> None:
     with packing(source, tmp_path / "out") as process:
         os.killpg(process.pid, signal.SIGINT)
         out, told = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (130, ""), told
     lines = [line for line in told.splitlines() if not line.startswith("vaejob: packing: ")]  # progress
     assert lines == ["vaejob: stopped; repeat the command to go on"]
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_is_not_lost_in_a_finaliser() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)  # what it raises goes no further than this method
+
+    def rows() -> Iterator[dict[str, int]]:
+        yield {"number": 0}
+        held = [Finalised()]
+        held.clear()
+        yield {"number": 1}
+
+    outside, found = signal.signal(signal.SIGINT, signal.default_int_handler), []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            found.extend(row["number"] for row in _until_interrupted(rows()))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
+    assert found == [0]
 
 
 def test_an_image_that_cannot_be_used_is_one_line(

@@ -12,6 +12,7 @@ matching requests pass and strikes the next N (for ever without a count). The fa
     reset_mid, fin_mid, stall_mid, corrupt (at)        at that byte of the reply's body
     short_length (at)         a reply that ends there and whose Content-Length agrees
     reset_after               carried out by the server; the reply is lost
+    stall_after (seconds)     the same, but the connection stays open for so long
     throttle (bytes_per_s)    replies share a line of this speed
 
 A rule with a "chance" strikes that share of its requests, drawn from a seed, in place of all. `proxy.refuse(seconds)` is
@@ -170,7 +171,8 @@ class FaultProxy:
         head = await up_reader.readuntil(b"\r\n\r\n")
         while (status := int(head.split(b" ", 2)[1])) == 100:
             head = await up_reader.readuntil(b"\r\n\r\n")
-        if rule.get("fault") == "reset_after":
+        if rule.get("fault") in ("reset_after", "stall_after"):
+            await asyncio.sleep(0 if rule["fault"] == "reset_after" else rule.get("seconds", _LONG_S))
             raise _Reset
         headers = _headers(head)
         has_body = method != "HEAD" and status not in (204, 304)

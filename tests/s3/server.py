@@ -46,6 +46,19 @@ class S3Server(NamedTuple):
             "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
         }
 
+    @contextlib.contextmanager
+    def as_environment(self) -> Iterator[None]:
+        """This process, and those it starts, talk to this server."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
 
 def which_server() -> str | None:
     """'ceph', 'moto', or None if neither is installed."""

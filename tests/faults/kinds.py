@@ -1,0 +1,124 @@
+"""The faults: who is killed, and when."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.jobs import SOON_SECONDS, HurtJob, Outcome, Went
+from tests.s3.faultproxy import FaultProxy
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where jobs run: a folder for their files, and the way to their bucket."""
+
+    folder: Path
+    proxy: FaultProxy
+
+    def job(self, name: str, *, images: int, workers: int, standing: bool = False) -> HurtJob:
+        return HurtJob(
+            self.folder,
+            name,
+            data="s3://faults/digits",
+            runs="s3://faults/runs",
+            images=images,
+            workers=workers,
+            store=f"http://127.0.0.1:{self.proxy.port}",
+            standing=standing,
+        )
+
+
+Injure = Callable[[HurtJob, Place, random.Random], Outcome]
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    workers: int
+    injure: Injure
+    standing: bool = False
+    """Whether the workers are on a cluster of a head and two nodes that was there before the job."""
+
+
+def all_of_it(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+    return job.hurt(job.kill)
+
+
+def process(name: str) -> Injure:
+    """SIGKILL to one process of the job, which is to go on by itself."""
+
+    def injure(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+        child = job.child(name)
+        if child is None:
+            raise Went(f"runs without a process {name}")
+        return job.hurt(child.kill)
+
+    return injure
+
+
+def at_request(**rule: Any) -> Injure:
+    """SIGKILL to all of the job while a request hangs: the rule's fault holds one of the next few that match."""
+
+    def injure(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+        place.proxy.strike({"count": 1, "skip": chance.randrange(3), **rule})
+        wait_until_struck(place.proxy, job)
+
+        def kill() -> None:
+            job.kill()
+            place.proxy.strike()
+
+        return job.hurt(kill)
+
+    return injure
+
+
+def wait_until_struck(proxy: FaultProxy, job: HurtJob) -> None:
+    deadline = time.monotonic() + SOON_SECONDS
+    while not any(request["fault"] for request in proxy.log):
+        if job.process.poll() is not None:
+            raise Went(f"was over before it made such a request: {job.said()}")
+        if time.monotonic() > deadline:
+            raise Went(f"made no such request in {SOON_SECONDS:.0f} s: {job.said()}")
+        time.sleep(0.02)
+    time.sleep(0.1)
+
+
+def the_driver(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+    """SIGKILL to the process that the user started, of a job whose workers are elsewhere."""
+    return job.hurt(job.kill)
+
+
+def a_node(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+    """SIGKILL to all of a node that runs a worker; another takes its place."""
+
+    def kill() -> None:
+        job.nodes.lose(job.on.pop(chance.randrange(len(job.on))))
+        job.on += job.nodes.add()
+
+    return job.hurt(kill)
+
+
+def the_cluster(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+    """SIGKILL to every node, the head too; the command is repeated on a new cluster."""
+    return job.hurt(job.new_nodes)
+
+
+KINDS = [
+    Kind("all of a job in one process", 0, all_of_it),
+    Kind("all of a job with 2 workers and its cluster", 2, all_of_it),
+    Kind("a worker of 2", 2, process("RayTrainWorker")),
+    Kind("Ray Train's controller", 2, process("TrainController")),
+    Kind("the driver, whose workers are on a cluster", 2, the_driver, standing=True),
+    Kind("a node of 2", 2, a_node, standing=True),
+    Kind("the head and all nodes", 2, the_cluster, standing=True),
+    Kind("before a state is uploaded", 0, at_request(fault="blackhole", method="PUT", path="/states/")),
+    Kind("in the middle of a state", 0, at_request(fault="req_stall", at=1000, method="PUT", path="/states/")),
+    Kind("between the files of a state", 2, at_request(fault="blackhole", method="PUT", path="/states/.*1of2")),
+    Kind("before a record is written", 0, at_request(fault="blackhole", method="PUT", path="/records/")),
+    Kind("after a record, whose reply is lost", 0, at_request(fault="stall_after", method="PUT", path="/records/")),
+    Kind("while an older checkpoint is deleted", 0, at_request(fault="blackhole", method="DELETE|POST")),
+    Kind("before rows are written", 0, at_request(fault="blackhole", method="PUT", path="/metrics/")),
+]

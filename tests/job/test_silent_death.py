@@ -1,0 +1,87 @@
+"""A worker that hangs, or dies without a word, is found, named and started again; nothing is lost."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.job.conftest import Vaejob, kill_tree
+from tests.job.nodes import Job, worker_processes
+from tests.job.test_resume import batches_seen
+from vaejob.cluster.board import Beat, Board, Seen
+from vaejob.cluster.watch import SILENT_SECONDS, START_PATIENCE, hung_among
+
+
+def beat(rank: int, *, moves: int = 5, group: str = "one", images_seen: int = 640) -> Beat:
+    return Beat(group, rank, 3, 100 + rank, "node", "host", moves=moves, images_seen=images_seen)
+
+
+def seen(rank: int, *, still: float, silent: float = 0.5, moves: int = 5) -> Seen:
+    return Seen(beat(rank, moves=moves), still, silent)
+
+
+def test_the_silent_worker_is_hung_and_not_its_peers_that_wait_for_it() -> None:
+    waiting, stopped = seen(0, still=31), seen(1, still=31, silent=31)
+    assert hung_among([waiting, stopped, seen(2, still=31)], hang_seconds=30) == [stopped]
+
+
+def test_workers_that_all_beat_and_none_of_which_moves_are_all_hung() -> None:
+    workers = [seen(rank, still=31) for rank in range(3)]
+    assert hung_among(workers, hang_seconds=30) == workers
+
+
+def test_a_group_has_more_time_for_its_first_batch() -> None:
+    slow = [seen(rank, still=31, moves=0) for rank in range(3)]
+    assert hung_among(slow, hang_seconds=30) == []
+    stuck = [seen(rank, still=30 * START_PATIENCE + 1, moves=0) for rank in range(3)]
+    assert hung_among(stuck, hang_seconds=30) == stuck
+
+
+def test_silence_alone_is_no_hang() -> None:
+    assert hung_among([seen(0, still=29, silent=SILENT_SECONDS + 1)], hang_seconds=30) == []
+
+
+def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    board = Board()
+    board.beat(beat(0, moves=1))
+    now = 107.0
+    board.beat(beat(0, moves=1))
+    now = 110.0
+    assert board.workers() == [(beat(0, moves=1), 10.0, 3.0)]
+    board.beat(beat(0, moves=2))  # any batch, trained or scored
+    assert board.workers() == [(beat(0, moves=2), 0.0, 0.0)]
+
+    assert board.dismiss() == {0: beat(0, moves=2)}
+    board.beat(beat(1))  # of a process that is yet to be ended
+    assert board.workers() == []
+    board.beat(beat(0, group="two", moves=0))
+    assert [each.beat for each in board.workers()] == [beat(0, group="two", moves=0)]
+
+
+@pytest.mark.ray
+def test_stopped_worker_is_named_and_the_job_equals_an_undisturbed_one(
+    vaejob: Vaejob, job_file: Path, tmp_path: Path
+) -> None:
+    arguments = [job_file, "training.images=60000"]
+    before = {process.pid for process in worker_processes()}
+    settings = ["run.name=stopped", "cluster.workers=2", "cluster.hang_seconds=12"]
+    job = Job(*arguments, *settings, env={}, log=tmp_path / "log")
+    try:
+        job.wait_for_checkpoint(tmp_path / "runs/stopped")
+        victim = next(process for process in worker_processes() if process.pid not in before)
+        victim.send_signal(signal.SIGSTOP)
+        assert job.ends() == 0, job.said
+    finally:
+        kill_tree(job.process.pid)
+    line = next(line for line in job.said.splitlines() if "has not moved for" in line)
+    assert f"(pid {victim.pid} on " in line
+    assert " images seen: it is killed, and the workers start again" in line
+    assert "continuing from the checkpoint at" in job.said
+
+    assert vaejob("train", *arguments, "cluster.workers=0", "run.name=whole").returncode == 0
+    assert batches_seen(f"{tmp_path}/runs/stopped") == batches_seen(f"{tmp_path}/runs/whole")
