@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test lint format audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ format: $(VENV)/.test ## mend what can be mended
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+audit: $(VENV)/audit/bin/pip-audit ## known vulnerabilities of the pinned packages, as pypi.org has them; ARGS="-s osv" for osv.dev
+	$< --strict --no-deps --disable-pip --requirement constraints.txt $(ARGS)
+
 clean: ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -44,3 +47,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV); the first time this takes minutes"
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
