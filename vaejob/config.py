@@ -19,6 +19,7 @@ from vaejob.errors import ConfigError
 MOST_ROWS_MIXED = 2**22
 
 Precision = Literal["fp32", "bf16"]
+Tracker = Literal["mlflow", "wandb"]
 
 
 class Section(BaseModel):
@@ -36,6 +37,8 @@ class RunConfig(Section):
     """Where runs are kept: a folder, or s3://bucket/prefix, gs://..., az://..."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Decides the initial weights, the order of the images and all noise. [no unit]"""
+    trackers: tuple[Tracker, ...] = ()
+    """Where the driver also sends the numbers as they come: mlflow, wandb; the run itself keeps them all without any."""
 
 
 class DataConfig(Section):
@@ -422,7 +425,7 @@ class JobConfig(Section):
 
 
 # Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
-_FREE = ("run.name", "run.bucket", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.on_corrupt", "training.report_every_images",
+_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.on_corrupt", "training.report_every_images",
          "training.evaluate_every_images", "training.compile", "checkpoint.", "cluster.", "deploy.")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaejob.cli.terminal import SHOW_CURSOR, Progress, bits_and_nats, say, say_json, warn, what_it_is_of
+from vaejob.cli.trackers import tracked
 from vaejob.errors import STOPPED_STATUS, VaejobError
 
 if TYPE_CHECKING:
@@ -100,8 +101,11 @@ def run_job(job: "JobConfig", *, quiet: bool, as_json: bool) -> None:
     import vaejob
 
     stop = StopFlag()
-    with Progress(job, quiet=quiet, epoch_images=_epoch_images(job)) as progress:
-        address = vaejob.train(job, on_event=progress, should_stop=stop)
+    with (
+        Progress(job, quiet=quiet, epoch_images=_epoch_images(job)) as progress,
+        tracked(job, progress, warn=warn) as on_event,
+    ):
+        address = vaejob.train(job, on_event=on_event, should_stop=stop)
     finish(address, job, stopped=bool(stop()), as_json=as_json)
 
 
