@@ -282,3 +282,19 @@ def test_workers_do_not_change_what_evaluate_says(finished_run: str) -> None:
     """To the last bit, with more workers than there are CPUs or blocks of images."""
     arguments = ("evaluate", finished_run, "--samples", "2")
     assert said_json(*arguments, "--workers", "4") == said_json(*arguments)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("default")
+def test_progress_of_workers_never_falls_and_ends_with_all_images(finished_run: str) -> None:
+    from vaejob.cluster.evaluate import evaluate_on_cluster
+
+    model, told = vaejob.load(finished_run), list[tuple[int, int]]()
+    data = model.job.data.test
+    assert data is not None
+    totals = evaluate_on_cluster(
+        finished_run, data, checkpoint="latest", samples=1, precision="fp32", compiled=False, workers=3,
+        cluster=model.job.cluster, on_progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told == sorted(told)
+    assert told[-1] == (totals.images, totals.images)

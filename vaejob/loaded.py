@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,18 +107,20 @@ class LoadedModel:
         compiled: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        on_progress: Callable[[int], None] = lambda done: None,
     ) -> LikelihoodTotals:
         """Totals over a data set, or over one of world_size parts of it, each image once; weights() tells of K > 1 samples.
 
         precision: of the networks' products; bf16 is faster where the hardware has it, and changes the bound a little.
         compiled: a score of several samples takes seconds to begin, and is faster from then on.
+        on_progress: hears after each block how many images are scored.
         """
         if compiled:
             require_compiler("the score is to be compiled", otherwise="evaluate without --compile")
         with closing(data.evaluation_blocks(rank=rank, world_size=world_size)) as blocks:
             return evaluate(
                 self.scorer,
-                blocks,
+                _counted(blocks, on_progress),
                 dims_per_image=data.manifest.dims,
                 config=self.job.likelihood,
                 device=self.device,
@@ -137,6 +140,16 @@ class LoadedModel:
         noise = evaluation_noise(ids, device=self.device)
         pixels, config = self.scorer.pixels, self.job.likelihood
         return draw_levels(images, ids, pixels=pixels, config=config, noise=noise), noise
+
+
+def _counted(
+    blocks: Iterator[tuple[np.ndarray, np.ndarray]], on_progress: Callable[[int], None]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    done = 0
+    for ids, images in blocks:
+        yield ids, images
+        done += len(ids)
+        on_progress(done)
 
 
 def load(address: str, *, checkpoint: str = "latest", device: str | torch.device = "cpu") -> LoadedModel:

@@ -1,8 +1,6 @@
 """The verbs that use a trained model: evaluate, sample, reconstruct, interpolate."""
 
 import math
-from collections.abc import Callable, Generator
-from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +10,6 @@ import typer
 from vaejob.cli.terminal import bound_name, density_bits, images_done, say, say_json, warn, what_it_is_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
     from vaejob.metrics import LayerTotals, LikelihoodTotals
@@ -59,23 +55,29 @@ def evaluate(
     from vaejob.errors import RunError
 
     model, images = load_for(run, data, checkpoint=checkpoint)
-    if workers:
-        from vaejob.cluster.evaluate import evaluate_on_cluster
+    with images_done("evaluating", quiet=quiet or as_json) as on_progress:
+        if workers:
+            from vaejob.cluster.evaluate import evaluate_on_cluster
 
-        totals = evaluate_on_cluster(
-            model.address,
-            images.bucket.url,
-            checkpoint=str(model.record.images_seen),
-            samples=samples,
-            precision=precision.value,
-            compiled=compiled,
-            workers=workers,
-            cluster=model.job.cluster,
-        )
-    else:
-        with images_done("evaluating", quiet=quiet or as_json) as on_progress:
-            told = _told(images, on_progress)
-            totals = model.evaluate(told, samples=samples, precision=precision.value, compiled=compiled)
+            totals = evaluate_on_cluster(
+                model.address,
+                images.bucket.url,
+                checkpoint=str(model.record.images_seen),
+                samples=samples,
+                precision=precision.value,
+                compiled=compiled,
+                workers=workers,
+                cluster=model.job.cluster,
+                on_progress=on_progress,
+            )
+        else:
+            totals = model.evaluate(
+                images,
+                samples=samples,
+                precision=precision.value,
+                compiled=compiled,
+                on_progress=lambda done: on_progress(done, images.manifest.images),
+            )
     assert totals.images == images.manifest.images, totals
     if totals.non_finite:
         raise RunError(
@@ -159,24 +161,6 @@ def interpolate(
     model, images = load_for(run, data, checkpoint=checkpoint)
     pictures = interpolate(model, images, rows=count, steps=steps, seed=seed)
     _write(out, png_bytes(grid(pictures, columns=steps + 2)))
-
-
-def _told(data: "DataSet", on_progress: Callable[[int, int], None]) -> "DataSet":
-    """The same images; on_progress hears of each block that has been used."""
-    from vaejob.data.batches import DataSet
-
-    class Told(DataSet):
-        def evaluation_blocks(
-            self, *, rank: int = 0, world_size: int = 1
-        ) -> "Generator[tuple[np.ndarray, np.ndarray], None, None]":
-            done = 0
-            with closing(super().evaluation_blocks(rank=rank, world_size=world_size)) as blocks:
-                for ids, images in blocks:
-                    yield ids, images
-                    done += len(ids)
-                    on_progress(done, self.manifest.images)
-
-    return Told(data.bucket, data.manifest, data.row_groups)
 
 
 def _warn_of(totals: "LikelihoodTotals", layers: "LayerTotals | None", *, samples: int) -> None:
