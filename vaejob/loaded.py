@@ -63,9 +63,22 @@ class LoadedModel:
         self._refuse_ladder()
         return self.scorer.pixels.mean(self.scorer.vae.decode(z.to(self.device)))
 
+    @torch.no_grad()
+    def between(
+        self, first: Float[Tensor, "B Z"], last: Float[Tensor, "B Z"], *, steps: int
+    ) -> UInt8[Tensor, "B steps C H W"]:
+        """Mean pictures of codes on the straight line from each first one to its last, both ends included.
+
+        Of means of posteriors, say: a mean is no draw from the prior, whose typical length a spherical path would keep.
+        """
+        share = torch.linspace(0, 1, steps, device=self.device).view(1, steps, *[1] * (first.dim() - 1))
+        way = torch.lerp(first.to(self.device).unsqueeze(1), last.to(self.device).unsqueeze(1), share)
+        pictures = self.scorer.pixels.to_uint8(self.decode(way.flatten(0, 1)))
+        return pictures.view(len(first), steps, *pictures.shape[1:])
+
     def _refuse_ladder(self) -> None:
         if self.job.model.family == "hierarchical":
-            raise RunError(f"{self.address} has codes of several sizes for each image; use reconstruct or sample")
+            raise RunError(f"{self.address} has codes of several sizes for each image; use sample or reconstruct")
 
     @torch.no_grad()
     def sample(self, count: int, *, seed: int = 0, mean: bool = False) -> UInt8[Tensor, "B C H W"]:

@@ -29,6 +29,7 @@ def serve(
 
     from vaejob.errors import OutsideError
     from vaejob.loaded import load
+    from vaejob.serving.answers import encodes, interpolates
     from vaejob.serving.app import make_app
 
     model = load(run, checkpoint=checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +46,8 @@ def serve(
         "shape": list(model.record.shape),
         "family": model.job.model.family,
         "pixels": model.job.likelihood.pixels,
-        "interpolates": model.job.model.family not in ("hierarchical", "decoder-only"),
+        "reconstructs": encodes(model),
+        "interpolates": interpolates(model),
         "lines": _lines(model),
     }
     where = f"[{host}]" if ":" in host else host

@@ -15,8 +15,7 @@ def interpolate(
 ) -> UInt8[Tensor, "rows*(steps+2) C H W"]:
     """Row by row: an image as the model saw it, the mean pictures of codes on the way to another, and that image.
 
-    Codes lie on the straight line between the means of the two posteriors, both ends included: a mean is no draw from
-    the prior, whose typical length a spherical path would keep. Raises DataError for fewer than two images, RunError
+    Codes lie on the straight line between the means of the two posteriors. Raises DataError for fewer than two images, RunError
     for a model without one code that follows from an image.
     """
     if data.manifest.images < 2:
@@ -27,9 +26,6 @@ def interpolate(
     images, place = torch.from_numpy(data.images(known)), torch.from_numpy(found.reshape(rows, 2))
     codes = model.encode(images, known).mean
     originals, _ = model.reconstruct(images, known)
-    share = torch.linspace(0, 1, steps, device=codes.device).view(1, steps, *[1] * (codes.dim() - 1))
-    first, last = codes[place[:, 0]].unsqueeze(1), codes[place[:, 1]].unsqueeze(1)
-    way = torch.lerp(first.expand(-1, steps, *codes.shape[1:]), last, share)
-    between = model.scorer.pixels.to_uint8(model.decode(way.flatten(0, 1))).view(rows, steps, *originals.shape[1:])
+    way = model.between(codes[place[:, 0]], codes[place[:, 1]], steps=steps)
     ends = [originals[place[:, side]].unsqueeze(1) for side in (0, 1)]
-    return torch.cat((ends[0], between, ends[1]), dim=1).flatten(0, 1)
+    return torch.cat((ends[0], way, ends[1]), dim=1).flatten(0, 1)

@@ -7,7 +7,6 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,6 +44,8 @@ class Reconstruct(_Question):
     image: ImageFile
 
     def answer(self, model: LoadedModel) -> dict[str, Any]:
+        if not encodes(model):
+            raise RunError(f"{model.address} has no encoder: no code follows from an image; use sample or score")
         image, changed = fitting(self.image, model.record.shape)
         seen, made = model.reconstruct(image[None])
         return {"changed": changed, "images": _pngs(np.concatenate([seen.cpu().numpy(), made.cpu().numpy()]))}
@@ -60,9 +61,8 @@ class Interpolate(_Question):
     def answer(self, model: LoadedModel) -> dict[str, Any]:
         (first, changed), (last, changed_too) = (fitting(file, model.record.shape) for file in (self.first, self.last))
         codes = model.encode(np.stack([first, last])).mean
-        share = torch.linspace(0, 1, self.steps, device=codes.device).view(-1, *[1] * (codes.dim() - 1))
-        pictures = model.scorer.pixels.to_uint8(model.decode(torch.lerp(codes[:1], codes[1:], share)))
-        return {"changed": [*changed, *changed_too], "images": _pngs(pictures.cpu().numpy())}
+        (way,) = model.between(codes[:1], codes[1:], steps=self.steps)
+        return {"changed": [*changed, *changed_too], "images": _pngs(way.cpu().numpy())}
 
 
 class Score(_Question):
@@ -76,14 +76,27 @@ class Score(_Question):
         nats = -float(model.log_likelihood_bound(image[None], samples=self.samples))
         if not math.isfinite(nats):
             raise RunError(f"{model.address}: the bound of this image is not finite")
+        pixels = model.scorer.pixels
         return {
             "bound": "elbo" if self.samples == 1 else "iwae",
             "samples": self.samples,
             "negative_bound_nats": nats,
-            "bits_per_dim": bits_per_dim(nats, image.size),
-            "density": model.scorer.pixels.is_density,
+            "bits_per_dim": bits_per_dim(nats, image.size)
+            + (pixels.density_bits_correction if pixels.is_density else 0.0),
+            "density": pixels.is_density,
+            "density_bits_correction": pixels.density_bits_correction if pixels.is_density else None,
             "changed": changed,
         }
+
+
+def encodes(model: LoadedModel) -> bool:
+    """Whether codes follow from an image, so that it can be reconstructed."""
+    return model.job.model.family != "decoder-only"
+
+
+def interpolates(model: LoadedModel) -> bool:
+    """Whether one code follows from an image, on a line to that of another."""
+    return encodes(model) and model.job.model.family != "hierarchical"
 
 
 QUESTIONS: dict[str, type[Sample | Reconstruct | Interpolate | Score]] = {

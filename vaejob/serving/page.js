@@ -2,6 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 let first = null; // the image that was dropped, as a data: address
+let reconstructs = true;
 
 async function ask(verb, question) {
   at("trouble").textContent = "";
@@ -60,11 +61,13 @@ const look = doing(null, async (file) => {
 });
 
 async function judge() {
-  const made = await ask("reconstruct", { image: first });
-  show("reconstruction", made.images, (place) => ["as the model sees it", "its reconstruction"][place]);
+  if (reconstructs) {
+    const made = await ask("reconstruct", { image: first });
+    show("reconstruction", made.images, (place) => ["as the model sees it", "its reconstruction"][place]);
+  }
   const found = await ask("score", { image: first, samples: Number(at("count").value) });
   const bound = found.bound === "elbo" ? "-ELBO" : `-IWAE-${found.samples}`;
-  const density = found.density ? " of a density" : "";
+  const density = found.density ? ` (density + ${found.density_bits_correction.toFixed(4)})` : "";
   const changes = found.changed.length ? ` (${found.changed.join(", ")})` : "";
   at("score").textContent =
     `${bound}: ${found.negative_bound_nats.toFixed(3)} nats, ${found.bits_per_dim.toFixed(4)} bits/dim${density}${changes}`;
@@ -93,5 +96,6 @@ fetch("/api/model").then((reply) => reply.json()).then((model) => {
   document.title = `${model.run} - vaejob`;
   at("about").textContent = model.lines.join(" · ");
   at("between").hidden = !model.interpolates;
+  reconstructs = model.reconstructs;
   sample();
 });
