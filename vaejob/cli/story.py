@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaejob.cli.terminal import CONDITIONAL, Progress, say, say_json, warn
-from vaejob.cli.train import StopFlag, digits
+from vaejob.cli.terminal import CONDITIONAL, say, say_json, warn
+from vaejob.cli.train import Quiet, StopFlag, digits, train_told
 from vaejob.errors import STOPPED_STATUS, ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def story(
         str | None, typer.Option(help="Packed images, DATA/train and DATA/test; default: scikit-learn's digits.")
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Codes per test image for the marginal likelihood.")] = 1000,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train six small models, without and with an encoder, and print one table of what they learnt.
@@ -47,16 +48,15 @@ def story(
     Example:
       vaejob story --data mnist training.images=600000 --samples 200
     """
-    import vaejob
-
-    jobs = _jobs(bucket, data, overrides or [], quiet=as_json)
+    quiet = quiet or as_json
+    jobs = _jobs(bucket, data, overrides or [], quiet=quiet)
     stop = StopFlag()
     for number, (recipe, job) in enumerate(jobs.items(), start=1):
-        if not as_json:
+        if not quiet:
             say(f"{number} of {len(jobs)}  {recipe}")
-        address = vaejob.train(job, on_event=Progress(job, quiet=as_json), should_stop=stop)
+        address = train_told(job, stop, quiet=quiet)
         _check_finished(address, job, stopped=stop())
-    rows, train, test = _score(jobs, samples=samples, quiet=as_json, stop=stop)
+    rows, train, test = _score(jobs, samples=samples, quiet=quiet, stop=stop)
     _tell(rows, jobs["story-vae"], train, test, samples=samples, as_json=as_json)
 
 

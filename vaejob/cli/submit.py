@@ -1,11 +1,12 @@
 """The verbs of jobs on a Ray cluster: submit, logs, stop."""
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from vaejob.cli.terminal import say
+from vaejob.cli.terminal import say, say_json
 from vaejob.cli.train import Overrides
 from vaejob.errors import STOPPED_STATUS
 
@@ -20,6 +21,10 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Stream the log; exit with the job's status.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="The job and its run as one JSON object; a log that is followed goes to stderr."),
+    ] = False,
 ) -> None:
     """Run the same job on a Ray cluster, as a Ray job. Repeating it continues the run.
 
@@ -36,11 +41,14 @@ def submit(
     client = jobs.connect(address)
     job_id = jobs.submit_job(job, client)
     run = run_address(job)
-    say(f"submitted {job_id}")
-    say(f"run       {run}")
-    say(f"log       vaejob logs {run}{f' --address {address}' if address else ''}")
+    if as_json:
+        say_json({"job": job_id, "run": run})
+    else:
+        say(f"submitted {job_id}")
+        say(f"run       {run}")
+        say(f"log       vaejob logs {run}{f' --address {address}' if address else ''}")
     if follow:
-        raise typer.Exit(jobs.follow_job(job_id, client, write=_write))
+        raise typer.Exit(jobs.follow_job(job_id, client, write=partial(_write, to_stderr=as_json)))
 
 
 def logs(
@@ -83,6 +91,7 @@ def stop(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME
     say(f"go on with: vaejob resume {run}")
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _write(text: str, *, to_stderr: bool = False) -> None:
+    stream = sys.stderr if to_stderr else sys.stdout
+    stream.write(text)
+    stream.flush()

@@ -65,6 +65,8 @@ def resume(
 def quickstart(
     bucket: Annotated[str, typer.Option(help="Where the images and the run are kept.")] = "vaejob-quickstart",
     workers: Annotated[int, typer.Option(help="DDP workers; 0: no Ray.")] = 2,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Pack scikit-learn's real digits, train a small VAE with 2 workers, evaluate it, and draw samples.
 
@@ -82,9 +84,11 @@ def quickstart(
     images, keys = digits()
     manifests = pack(ArraySource("scikit-learn's digits, 8x8", images, keys), home, split="train=0.8,test=0.2")
     packed = ", ".join(f"{manifest.images:,} {split}" for split, manifest in manifests.items())
-    say(f"packed {packed} images of handwritten digits into {home}")
+    quiet = quiet or as_json
+    if not quiet:
+        say(f"packed {packed} images of handwritten digits into {home}")
     settings = [f"run.bucket={bucket}", f"data.train={home}/train", f"data.test={home}/test"]
-    run_job(load_config("quickstart", *settings, f"cluster.workers={workers}"), quiet=False, as_json=False)
+    run_job(load_config("quickstart", *settings, f"cluster.workers={workers}"), quiet=quiet, as_json=as_json)
 
 
 def digits() -> "tuple[np.ndarray, list[str]]":
@@ -98,15 +102,20 @@ def digits() -> "tuple[np.ndarray, list[str]]":
 
 def run_job(job: "JobConfig", *, quiet: bool, as_json: bool) -> None:
     """Trains with progress in the terminal; ctrl-C or SIGTERM saves a checkpoint first, a second ctrl-C ends at once."""
+    stop = StopFlag()
+    address = train_told(job, stop, quiet=quiet)
+    finish(address, job, stopped=stop(), as_json=as_json)
+
+
+def train_told(job: "JobConfig", stop: "StopFlag", *, quiet: bool) -> str:
+    """Trains with progress in the terminal and to the trackers; the run's address."""
     import vaejob
 
-    stop = StopFlag()
     with (
         Progress(job, quiet=quiet, epoch_images=_epoch_images(job)) as progress,
         tracked(job, progress, warn=warn) as on_event,
     ):
-        address = vaejob.train(job, on_event=on_event, should_stop=stop)
-    finish(address, job, stopped=bool(stop()), as_json=as_json)
+        return vaejob.train(job, on_event=on_event, should_stop=stop)
 
 
 def _epoch_images(job: "JobConfig") -> int | None:
