@@ -10,8 +10,11 @@ from vaejob.model.mlp import DenseVAE
 from vaejob.model.tied import TiedVAE
 from vaejob.model.two_layers import TwoLayerVAE
 from vaejob.model.vae import VAE
+from vaejob.model.vector_math import settle_vector_math
 
 __all__ = ["VAE", "build_model"]
+
+settle_vector_math()
 
 
 def build_model(
