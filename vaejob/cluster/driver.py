@@ -53,7 +53,7 @@ def train_on_cluster(
             tempfile.TemporaryDirectory(prefix="vaejob-ray-") as scratch,
         ):
             gauges = Gauges(job, start=token.number, on_event=on_event)
-            wait_for_room(job.cluster, should_stop=should_stop)
+            wait_for_room(job.cluster, should_stop=should_stop, on_wait=lambda line: gauges.tell(_status(line)))
             least, most = job.cluster.least_workers, job.cluster.most_workers
             gauges.tell(_status(f"starting {most} workers" if least == most else f"starting {least} to {most} workers"))
             _run(job, scratch, token, gauges, should_stop=should_stop)

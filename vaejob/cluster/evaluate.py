@@ -46,6 +46,7 @@ def evaluate_on_cluster(
         totals = sum(_gathered(parts, lambda: on_progress(ray.get(count.total.remote()), expected)), LikelihoodTotals())
     if totals.images != expected:
         raise ClusterError(f"the workers scored {totals.images} images, the manifest of {data_address} has {expected}")
+    on_progress(totals.images, expected)  # what the tasks told last may still be on its way to the count
     return totals
 
 

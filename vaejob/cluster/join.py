@@ -177,8 +177,13 @@ def _refuse_silent(address: str, *, wait_seconds: float, should_stop: Callable[[
             time.sleep(0.5)
 
 
-def wait_for_room(config: ClusterConfig, *, should_stop: Callable[[], bool] = _never) -> None:
-    """Waits until the cluster has room for the least number of workers.
+def wait_for_room(
+    config: ClusterConfig,
+    *,
+    should_stop: Callable[[], bool] = _never,
+    on_wait: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Waits until the cluster has room for the least number of workers; on_wait hears once if there is none at first.
 
     Raises ClusterError with what was asked and what there is, StopAsked.
     """
@@ -187,23 +192,38 @@ def wait_for_room(config: ClusterConfig, *, should_stop: Callable[[], bool] = _n
     # A cluster of this machine alone grows no further.
     wait_seconds = config.wait_seconds if cluster_address(config) else min(config.wait_seconds, OWN_CLUSTER_SECONDS)
     deadline = time.monotonic() + wait_seconds
-    while True:
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        if all(free.get(kind, 0) >= number for kind, number in asked.items()):
-            return
-        if time.monotonic() >= deadline:
-            break
+    told = False
+    while not _has_room(asked):
+        if not told:
+            on_wait(f"waiting at most {wait_seconds:g} s for room: the workers {_asked_and_there(config, asked)}")
+            told = True
         if should_stop():
             raise StopAsked
+        if time.monotonic() >= deadline:
+            raise ClusterError(
+                f"cluster.workers is {json.dumps(config.workers)}: they {_asked_and_there(config, asked)}; "
+                f"waited {wait_seconds:g} s (cluster.wait_seconds)"
+            )
         time.sleep(0.5)
+
+
+def _has_room(asked: dict[str, int]) -> bool:
+    free = _free()
+    return all(free.get(kind, 0) >= number for kind, number in asked.items())
+
+
+def _asked_and_there(config: ClusterConfig, asked: dict[str, int]) -> str:
+    free, there = _free(), ray.cluster_resources()  # type: ignore[no-untyped-call]
     wants = " and ".join(f"{number} {kind}s" for kind, number in asked.items() if number)
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     has = " and ".join(f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in asked)
     nodes = len([node for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
-    raise ClusterError(
-        f"cluster.workers is {json.dumps(config.workers)}: they ask for {wants}{' at least' if config.elastic else ''}, the cluster has {has} on {nodes} nodes; "
-        f"waited {wait_seconds:g} s (cluster.wait_seconds)"
-    )
+    least = " at least" if config.elastic else ""
+    return f"ask for {wants}{least}, the cluster has {has} on {nodes} nodes"
+
+
+def _free() -> dict[str, float]:
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return free
 
 
 def first_line(error: BaseException) -> str:
