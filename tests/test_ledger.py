@@ -2,6 +2,9 @@
 
 import io
 import secrets
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -195,3 +198,22 @@ def test_reports_share_files_and_each_stands_in_the_history_once(monkeypatch: py
             assert [(row["attempt"], row["images_seen"]) for row in read_rows(run)] == told
     files = [pq.read_table(io.BytesIO(run.read(key))).column("images_seen").to_pylist() for key in run.keys("metrics/")]
     assert files == [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11], [12]]
+
+
+THREADS = """
+import os, sys
+from vaejob.storage.runs import parse_rows
+data = sys.stdin.buffer.read()
+before = os.listdir("/proc/self/task")
+rows = parse_rows(data)[1]
+print(len(rows), os.listdir("/proc/self/task") == before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_rows_are_read_by_no_thread_that_could_outlive_the_interpreter() -> None:
+    run = new_run()
+    ledger_of(run).add([moment(10, 1, train=[totals_of([1])])])
+    data = run.read(run.keys("metrics/")[0])
+    done = subprocess.run([sys.executable, "-c", THREADS], input=data, capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode().split() == ["1", "True"]

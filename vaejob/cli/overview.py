@@ -1,14 +1,11 @@
 """What is known of a run from its bucket alone, and its numbers as JSON."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, get_args, get_origin
-
-import pyarrow.parquet as pq
 
 from vaejob.cli.terminal import bound_name, density_bits
 from vaejob.config import JobConfig, LikelihoodConfig, Section
@@ -18,13 +15,12 @@ from vaejob.likelihood.units import bits_per_dim
 from vaejob.metrics import LikelihoodTotals
 from vaejob.storage import Bucket, open_bucket
 from vaejob.storage.runs import (
-    BEGUN,
     REQUESTS_AT_ONCE,
-    SEQUENCE,
     Record,
     Row,
     held_out_nats,
     newest_record,
+    parse_rows,
     read_job,
     read_record,
     read_rows,
@@ -311,13 +307,9 @@ def age_seconds(then: datetime) -> float:
 def _last_report(run: Bucket) -> list[Row]:
     """The newest file of reports, by what it says of its start and its place; names go by clocks, but for those of one attempt."""
     newest = {key.rpartition("-")[0]: key for key in run.keys("metrics/")}
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        tables = [pq.read_table(io.BytesIO(data)) for data in pool.map(run.read, newest.values())]
     best: tuple[tuple[int, int], list[Row]] = ((-1, -1), [])
-    for table in tables:
-        said = table.schema.metadata or {}
-        begun = int(said.get(BEGUN, 0))
-        place = (begun, int(said[SEQUENCE]) if begun else 0)
-        if place >= best[0]:  # those of one place keep the order of their names, as in read_rows
-            best = (place, table.to_pylist())
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        for place, rows in map(parse_rows, pool.map(run.read, newest.values())):
+            if place >= best[0]:  # those of one place keep the order of their names, as in read_rows
+                best = (place, rows)
     return best[1]

@@ -127,11 +127,8 @@ def _reported(
 
 def lost_rows(run: "Overview") -> "list[Row]":
     """Reports that are left out of its history, since a later attempt began before them; each is read from its end."""
-    import io
-
-    import pyarrow.parquet as pq
-
     from vaejob.storage import open_bucket
+    from vaejob.storage.runs import parse_rows
 
     kept = {(row["attempt"], row["split"], row["images_seen"]) for row in run.rows}
     bucket = open_bucket(run.address)
@@ -141,7 +138,7 @@ def lost_rows(run: "Overview") -> "list[Row]":
         of_attempts.setdefault(key.rpartition("-")[0], []).append(key)
     for keys in of_attempts.values():
         for key in reversed(keys):
-            rows = pq.read_table(io.BytesIO(bucket.read(key))).to_pylist()
+            _, rows = parse_rows(bucket.read(key))
             gone = [row for row in rows if (row["attempt"], row["split"], row["images_seen"]) not in kept]
             lost = gone + lost
             if len(gone) < len(rows):

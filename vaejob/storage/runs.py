@@ -295,17 +295,23 @@ def write_rows(run: Bucket, rows: Sequence[Row], *, sequence: int, begun: int = 
 
 def read_rows(run: Bucket) -> list[Row]:
     """The run's history as if it had never been interrupted: an attempt replaces all that came after its start."""
-    files: list[tuple[int, int, list[Row]]] = []
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        read = list(pool.map(run.read, run.keys("metrics/")))
-    for data in read:
-        table = pq.read_table(io.BytesIO(data))
-        said = table.schema.metadata or {}
-        begun = int(said.get(BEGUN, 0))
-        files.append((begun, int(said[SEQUENCE]) if begun else 0, table.to_pylist()))
+        files = [parse_rows(data) for data in pool.map(run.read, run.keys("metrics/"))]
     rows: list[Row] = []
-    for _, _, written in sorted(files, key=lambda file: file[:2]):  # those of one place keep the order of their names
+    for _, written in sorted(files, key=lambda file: file[0]):  # those of one place keep the order of their names
         started_at = written[0]["attempt_started_at_images"]
         attempt = written[0]["attempt"]
         rows = [row for row in rows if row["attempt"] == attempt or row["images_seen"] <= started_at] + written
     return rows
+
+
+def parse_rows(data: bytes) -> tuple[tuple[int, int], list[Row]]:
+    """One file of reports: (number of its start, its place in it), and its rows.
+
+    By the calling thread alone: Arrow's own threads, which read_table would ask, may let go of the bytes only when the
+    interpreter is already ending, and end the process by SIGABRT.
+    """
+    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    said = table.schema.metadata or {}
+    begun = int(said.get(BEGUN, 0))
+    return (begun, int(said[SEQUENCE]) if begun else 0), table.to_pylist()
