@@ -1,5 +1,6 @@
 """The first thing a person runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -28,3 +29,7 @@ def test_quickstart_ends_with_the_run_its_likelihood_and_a_picture(vaejob: Vaejo
     assert again.returncode == 0
     assert "checkpoint committed" not in again.stdout  # nothing was left to do
     assert held_out[0] in again.stdout
+
+    told = json.loads(vaejob("quickstart", "--bucket", tmp_path / "home", "--json", "--quiet").stdout)
+    assert told["run"] == f"{tmp_path}/home/quickstart"
+    assert f"{told['bits_per_dim']:.5f}" == held_out[1]

@@ -1,5 +1,6 @@
 """The same job on a cluster that an operator started, by Ray's Jobs API."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,9 +28,10 @@ def test_submitted_job_streams_its_log_and_gives_its_status(
     assert (record.images_seen, record.world_size) == (6000, 2)
     assert "6,000 of 6,000 images" in vaejob("logs", tmp_path / "runs/run", env=ray_head).stdout
 
-    refused = vaejob("submit", job_file, "run.seed=1", "--follow", env=ray_head)
+    refused = vaejob("submit", job_file, "run.seed=1", "--follow", "--json", env=ray_head)
     assert refused.returncode == 2
-    assert "belongs to a run with other settings (run.seed: 0 -> 1)" in refused.stdout
+    assert json.loads(refused.stdout)["run"] == f"{tmp_path}/runs/run"
+    assert "belongs to a run with other settings (run.seed: 0 -> 1)" in refused.stderr
 
 
 def test_stopped_job_leaves_a_run_that_its_address_alone_resumes(
