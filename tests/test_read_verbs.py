@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import vaejob
 from vaejob.cli import look, use
+from vaejob.cli.overview import settings_in_use
 from vaejob.config import JobConfig
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
@@ -108,6 +109,18 @@ def test_runs_prints_a_table_with_units_counts_and_errors(finished_run: str, hom
     table = said("runs", f"{home}/runs")
     for words in ("digits", "finished", "4,000", "bits/dim", "nats", "±", "-ELBO of", "ago"):
         assert words in table
+
+
+def test_settings_and_runs_fit_a_terminal_of_eighty_columns(
+    finished_run: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(len(line.rstrip()) for line in said("runs", f"{home}/runs").splitlines()) <= 80
+    shown = said("show", finished_run).partition("\ntrain ")[0].splitlines()[3:]
+    assert max(map(len, shown)) <= 80
+    settings = settings_in_use(vaejob.load(finished_run).job.optimizer)
+    optimizer = "\n".join(shown).partition("\noptimizer ")[2].partition("\ndata ")[0].split()
+    assert [setting.partition("=")[0] for setting in optimizer] == list(settings)
 
 
 def test_runs_lists_a_run_without_a_record(copy: Path) -> None:

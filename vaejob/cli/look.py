@@ -1,5 +1,7 @@
 """The verbs that look at runs: runs, show."""
 
+import shutil
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from vaejob.storage.runs import Record
 
 RUNS_AT_ONCE = 8
+LINE_WIDTH = 120
+"""Where there is no terminal."""
 
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON value.")]
 
@@ -96,18 +100,17 @@ def _overview_or_problem(address: str) -> "tuple[Overview | str, int | None]":
 
 
 def _say_table(found: "list[tuple[Overview, int | None]]", groups: dict[str, str]) -> None:
-    table = _table("run", "state", ">images", ">epochs", "of", "best held-out bound", "last report", ">starts")
+    table = _table("run", ">images", "of", "best held-out bound", "last report")
     for run, epoch_images in found:
         best = run.best
+        epochs = f"\n{run.images_seen / epoch_images:.1f} epochs" if epoch_images else ""
+        starts = len(run.attempts)
         table.add_row(
-            run.job.run.name,
-            "finished" if run.finished else "unfinished",
-            f"{run.images_seen:,}\nof {run.job.training.images:,}",
-            f"{run.images_seen / epoch_images:.1f}" if epoch_images else "",
+            f"{run.job.run.name}\n{'finished' if run.finished else 'unfinished'}",
+            f"{run.images_seen:,}\nof {run.job.training.images:,}{epochs}",
             groups.get(run.address, ""),
             _bound(run, best) + f"\nat {best.images_seen:,} images" if best else "none yet",
-            _ago(run.last_report_at) if run.last_report_at else "none yet",
-            str(len(run.attempts)),
+            f"{_ago(run.last_report_at) if run.last_report_at else 'none yet'}\n{starts} start{'' if starts == 1 else 's'}",
         )
     _print(table)
 
@@ -133,7 +136,7 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
     for section in ("model", "likelihood", "objective", "optimizer", "data"):
         settings = settings_in_use(getattr(run.job, section)).items()
         said = " ".join(f"{key}={value}" for key, value in settings if key not in ("train", "test"))
-        say(f"{section:<11} {said.replace(', ', ',')}")
+        say(_hanging(section, said.replace(", ", ",")))
     for split, address, fingerprint in data_sets(run):
         say(f"{split:<11} {address}{f' ({fingerprint[:12]})' if fingerprint else ''}")
     for split in ("train", "test"):
@@ -147,6 +150,13 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
             table.add_row(f"{record.images_seen:,}", written, str(record.world_size), f"{size / 1e6:,.1f} MB", bound)
         say()
         _print(table)
+
+
+def _hanging(name: str, said: str) -> str:
+    """Broken between settings where the terminal ends, below where the first began."""
+    width = shutil.get_terminal_size(fallback=(LINE_WIDTH, 24)).columns
+    lines = textwrap.wrap(said, max(width - 12, 20), break_long_words=False, break_on_hyphens=False)
+    return f"{name:<11} " + f"\n{'':12}".join(lines)
 
 
 def _say_newest(run: "Overview", split: str) -> None:
