@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import filesize
 
 from vaejob.cli.terminal import bound_name, say, warn
 
@@ -238,7 +239,8 @@ def _data_card(split: str, address: str, fingerprint: str | None) -> "DataCard":
             ("shape", f"{channels} x {height} x {width} (channels, height, width): {manifest.dims:,} dimensions"),
             ("packed from", manifest.source),
             ("split", manifest.split),
-            ("shards", f"{len(manifest.shards):,} of {size / 1e6:,.1f} MB in all, {manifest.row_groups:,} row groups"),
+            ("shards", f"{len(manifest.shards):,}, {filesize.decimal(size)} in all"),
+            ("row groups", f"{manifest.row_groups:,}"),
         ],
     )
 

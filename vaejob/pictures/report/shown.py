@@ -190,4 +190,4 @@ def histogram(scores: Sequence[Scores], *, unit: str) -> Chart:
         for number, (score, one) in enumerate(zip(scores, values, strict=True))
     ]
     note = "The outermost bins hold what lies beyond them."
-    return Chart(title="Likelihood of single images", unit="% of the images of each set", series=series, x_title=unit, form="steps", from_zero=True, note=note)  # fmt: skip
+    return Chart(title="Histogram", unit="% of the images of each set", series=series, x_title=unit, form="steps", from_zero=True, note=note)  # fmt: skip
