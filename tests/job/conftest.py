@@ -26,7 +26,7 @@ run: {{name: run, bucket: {bucket}}}
 data: {{train: {digits}/train, test: {digits}/test, global_batch: 64, lanes: 6, window_rows: 64}}
 model: {{family: mlp, latent: 8, hidden: [64, 64]}}
 likelihood: {{pixels: discretized-logistic, bits: 4}}
-training: {{images: 6000, report_every_images: 64, evaluate_every_images: 3000}}
+training: {{images: 6000, report_every_images: 1, evaluate_every_images: 3000}}
 checkpoint: {{every_images: 500}}
 cluster: {{workers: 0, wait_seconds: 30}}
 """
