@@ -10,7 +10,8 @@ from tests.job.conftest import Vaejob, kill_tree
 from tests.job.nodes import Job, worker_processes
 from tests.job.test_resume import batches_seen
 from vaejob.cluster.board import Beat, Board, Seen
-from vaejob.cluster.watch import SILENT_SECONDS, START_PATIENCE, hung_among
+from vaejob.cluster.watch import SILENT_SECONDS, START_PATIENCE, Watch, hung_among
+from vaejob.config import ClusterConfig
 
 
 def beat(rank: int, *, moves: int = 5, group: str = "one", images_seen: int = 640) -> Beat:
@@ -40,6 +41,22 @@ def test_a_group_has_more_time_for_its_first_batch() -> None:
 
 def test_silence_alone_is_no_hang() -> None:
     assert hung_among([seen(0, still=29, silent=SILENT_SECONDS + 1)], hang_seconds=30) == []
+
+
+def test_who_waits_for_images_is_told_of_once_and_does_not_count_as_hung() -> None:
+    told: list[str] = []
+    watch = Watch(
+        ClusterConfig(workers=2, hang_seconds=30), None, on_event=lambda event: told.append(event.body["text"])
+    )
+    blocked = Seen(beat(1)._replace(waits_for="s3://b/0.parquet: gave up"), 0.5, 0.5)
+    there_before = watch.workers_seen_at
+    for still in (29, 31, 300):
+        watch._look_at([seen(0, still=still), blocked])
+    assert told == ["worker 1 (pid 101 on host) waits for images: s3://b/0.parquet: gave up"]
+    assert watch.workers_seen_at == there_before  # nobody can save a checkpoint
+    watch._look_at([seen(0, still=1), seen(1, still=1)])
+    assert watch.workers_seen_at > there_before
+    assert len(told) == 1
 
 
 def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are_gone(

@@ -19,6 +19,8 @@ class Beat(NamedTuple):
     moves: int
     """Batches that it has trained or scored, and requests that it has repeated; 0 before the first."""
     images_seen: int
+    waits_for: str = ""
+    """What keeps the images from it."""
 
     def __str__(self) -> str:
         return f"worker {self.rank} (pid {self.pid} on {self.host})"
