@@ -43,20 +43,42 @@ def test_silence_alone_is_no_hang() -> None:
     assert hung_among([seen(0, still=29, silent=SILENT_SECONDS + 1)], hang_seconds=30) == []
 
 
-def test_who_waits_for_images_is_told_of_once_and_does_not_count_as_hung() -> None:
+def test_who_waits_for_images_is_told_of_once_and_nobody_could_save_a_checkpoint() -> None:
     told: list[str] = []
     watch = Watch(
         ClusterConfig(workers=2, hang_seconds=30), None, on_event=lambda event: told.append(event.body["text"])
     )
     blocked = Seen(beat(1)._replace(waits_for="s3://b/0.parquet: gave up"), 0.5, 0.5)
     there_before = watch.workers_seen_at
-    for still in (29, 31, 300):
-        watch._look_at([seen(0, still=still), blocked])
+    for _ in range(3):
+        watch._look_at([seen(0, still=29), blocked])
     assert told == ["worker 1 (pid 101 on host) waits for images: s3://b/0.parquet: gave up"]
-    assert watch.workers_seen_at == there_before  # nobody can save a checkpoint
+    assert watch.workers_seen_at == there_before
     watch._look_at([seen(0, still=1), seen(1, still=1)])
     assert watch.workers_seen_at > there_before
     assert len(told) == 1
+
+
+def test_workers_are_not_still_while_one_of_them_waits_for_images_nor_right_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    board = Board()
+    for second in range(100, 400):
+        now = float(second)
+        board.beat(beat(0))
+        board.beat(beat(1)._replace(waits_for="s3://b/0.parquet: gave up"))
+        assert hung_among(board.workers(), hang_seconds=30) == []
+    for second in range(400, 430):
+        now = float(second)
+        board.beat(beat(0))
+        board.beat(beat(1))
+        assert hung_among(board.workers(), hang_seconds=30) == []
+    now = 431.0
+    board.beat(beat(0))
+    board.beat(beat(1))
+    assert len(hung_among(board.workers(), hang_seconds=30)) == 2
 
 
 def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are_gone(

@@ -89,6 +89,8 @@ class Board:
         if before is None or before.moves != beat.moves:
             moved_at = now
         self._workers[beat.rank] = (beat, moved_at, now)
+        if beat.waits_for:  # its peers stand still with it; none of them hangs, nor right after the wait
+            self._workers = {rank: (last, now, beaten_at) for rank, (last, _, beaten_at) in self._workers.items()}
 
     def workers(self) -> list[Seen]:
         now = time.monotonic()

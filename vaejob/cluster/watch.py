@@ -66,8 +66,6 @@ class Watch:
                     Event("status", {"text": f"going on with {world_size} of {self._config.most_workers} workers"})
                 )
             self._world_size = world_size
-        if waiting:
-            return  # its peers stand still with it
         if hung := hung_among(workers, hang_seconds=self._config.hang_seconds):
             self._end(hung)
         elif self._growth.is_time(world_size):
