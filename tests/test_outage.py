@@ -1,6 +1,10 @@
 """Training goes on while its bucket is out of reach: what is kept is bounded, and is there when the bucket is back."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
 from vaejob.errors import BucketError
 from vaejob.storage import open_bucket
+from vaejob.storage.patience import Patience
 from vaejob.storage.retry import StoreDown
 from vaejob.storage.runs import newest_record, read_rows, recorded_images
 from vaejob.training.checkpoint import StateWriter
@@ -164,6 +169,97 @@ def test_a_job_whose_bucket_never_comes_back_ends_and_goes_on_later(job: JobConf
     vaejob.train(job)
     rows = read_rows(open_bucket(f"{job.run.bucket}/run"))
     assert [row["images_seen"] for row in rows] == list(range(150, 9001, 150))
+
+
+READERS = ("read-ahead", "fetch", "decode")
+MAY_DIFFER = ("attempt", "written_at", "seconds", "data_wait_seconds", "retries", "retry_causes")
+
+
+@pytest.fixture
+def remote_job(job: JobConfig, s3_bucket: str, tmp_path: Path) -> JobConfig:
+    """Its images lie in the bucket too, and are evaluated as well."""
+    images = np.random.default_rng(0).integers(0, 256, (600, 1, 4, 4), dtype=np.uint8)
+    pack(ArraySource("noise", images), f"{s3_bucket}/noise")
+    data = job.data.model_copy(update={"train": f"{s3_bucket}/noise/train", "test": f"{s3_bucket}/noise/train"})
+    training = job.training.model_copy(update={"images": 3000, "evaluate_every_images": 600})
+    return job.model_copy(update={"data": data, "training": training})
+
+
+def history(address: str) -> list[dict[str, object]]:
+    return [
+        {name: value for name, value in row.items() if name not in MAY_DIFFER}
+        for row in read_rows(open_bucket(address))
+    ]
+
+
+@pytest.mark.parametrize("reports", [4, 7])
+def test_a_job_waits_for_images_that_are_out_of_reach_and_trains_as_if_they_had_not_been(
+    remote_job: JobConfig, proxy: FaultProxy, reports: int
+) -> None:
+    steady = vaejob.train(remote_job)
+    told: list[str] = []
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1  # at every report
+        if asked == reports:
+            proxy.refuse(seconds=5)
+        return False
+
+    disturbed = remote_job.model_copy(update={"run": remote_job.run.model_copy(update={"name": "disturbed"})})
+    address = vaejob.train(disturbed, on_event=lambda event: told.extend(notes_of([event])), should_stop=should_stop)
+    assert history(address) == history(steady)
+    assert any(note.startswith("waited for images: their bucket was out of reach for ") for note in told), told
+
+
+def test_a_job_whose_images_never_come_back_ends_in_a_line_and_leaves_no_reader(
+    remote_job: JobConfig, proxy: FaultProxy
+) -> None:
+    impatient = remote_job.model_copy(
+        update={"checkpoint": remote_job.checkpoint.model_copy(update={"outage_seconds": 2.0})}
+    )
+
+    def strike(event: Event) -> None:
+        if event.kind == "record":
+            proxy.strike({**DOWN, "method": "GET", "path": "parquet"})
+
+    before = set(threading.enumerate())
+    with pytest.raises(
+        BucketError, match=r"was out of reach for \d+ s, checkpoint.outage_seconds is 2: .*parquet"
+    ) as end:
+        vaejob.train(impatient, on_event=strike)
+    assert "\n" not in str(end.value)
+    deadline = time.monotonic() + 10
+    while left := [thread for thread in set(threading.enumerate()) - before if thread.name.startswith(READERS)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_threads_that_share_an_outage_tell_of_it_once() -> None:
+    told: list[str] = []
+    down = threading.Event()
+    down.set()
+    patience = Patience(60.0, on_outage=lambda error: told.append(str(error)), on_return=lambda _: told.append("back"))
+
+    def call(number: int) -> int:
+        if down.is_set():
+            raise StoreDown(f"request {number}")
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(patience.outlast, partial(call, number)) for number in range(8)]
+        time.sleep(0.5)
+        down.clear()
+        assert [future.result() for future in found] == list(range(8))
+    assert len(told) == 2
+    assert told[1] == "back"
+
+    down.set()
+    waiting = threading.Timer(0.3, patience.end)
+    waiting.start()
+    with pytest.raises(BucketError, match="request 9"):
+        patience.outlast(partial(call, 9))
 
 
 def test_what_may_not_be_deleted_is_noted_once_and_training_goes_on(s3_bucket: str, proxy: FaultProxy) -> None:

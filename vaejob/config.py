@@ -232,8 +232,8 @@ class CheckpointConfig(Section):
     keep_best: int = Field(default=1, ge=0)
     """Checkpoints with the best held-out bound that are kept besides. [checkpoints]"""
     outage_seconds: float = Field(default=1800.0, ge=0)
-    """Seconds that the run's bucket may be out of reach while training goes on. Reports wait in memory meanwhile, and of
-    states the one under way and the newest."""
+    """Seconds that a bucket may be out of reach. Without the run's, training goes on: reports wait in memory, and of states
+    the one under way and the newest. Without the images', it waits for them."""
 
 
 class ClusterConfig(Section):

@@ -5,6 +5,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from vaejob.likelihood.pixels import check_total_mass
 from vaejob.storage import Bucket, join, open_bucket
 from vaejob.storage.directory import DirectoryBucket
 from vaejob.storage.fence import Token, newest_token
+from vaejob.storage.patience import Patience
 from vaejob.storage.retry import retries_so_far
 from vaejob.storage.runs import (
     JOB_KEY,
@@ -37,7 +39,7 @@ from vaejob.training.ledger import Ledger
 from vaejob.training.loop import ready_for, train
 from vaejob.training.stability import Diverged
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
-from vaejob.training.worker import Event, Report, Told, Worker
+from vaejob.training.worker import Event, Report, Told, Worker, patience_with_images
 
 
 class Inputs(NamedTuple):
@@ -46,6 +48,11 @@ class Inputs(NamedTuple):
     run: Bucket
     train: DataSet
     test: DataSet | None
+
+    def with_patience(self, patience: Patience) -> "Inputs":
+        """The same, with images that are waited for."""
+        test = replace(self.test, patience=patience) if self.test else None
+        return self._replace(train=replace(self.train, patience=patience), test=test)
 
 
 def run_address(job: JobConfig) -> str:
@@ -122,17 +129,21 @@ def work(job: JobConfig, worker: Worker) -> None:
     retries_before = retries_so_far()
     if worker.device.type == "cpu":
         torch.set_num_threads(job.cluster.cpus_per_worker)
-    inputs = open_inputs(job)
+    patience = patience_with_images(job.checkpoint.outage_seconds)
+    inputs = open_inputs(job).with_patience(patience)
     back: GoBack | None = None
-    while True:
-        attempt = worker.told_by_first(new_attempt())
-        try:
-            return _attempt(job, worker, inputs, attempt, back, retries_before=retries_before)
-        except Diverged as diverged:
-            back = GoBack(
-                attempt, diverged.report.attempt_started_at_images, diverged.report.halvings + 1, str(diverged)
-            )
-            retries_before = retries_so_far()
+    try:
+        while True:
+            attempt = worker.told_by_first(new_attempt())
+            try:
+                return _attempt(job, worker, inputs, attempt, back, retries_before=retries_before)
+            except Diverged as diverged:
+                back = GoBack(
+                    attempt, diverged.report.attempt_started_at_images, diverged.report.halvings + 1, str(diverged)
+                )
+                retries_before = retries_so_far()
+    finally:
+        patience.end()  # no thread goes on waiting for images that nobody wants any more
 
 
 def _attempt(

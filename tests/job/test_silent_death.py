@@ -10,7 +10,8 @@ from tests.job.conftest import Vaejob, kill_tree
 from tests.job.nodes import Job, worker_processes
 from tests.job.test_resume import batches_seen
 from vaejob.cluster.board import Beat, Board, Seen
-from vaejob.cluster.watch import SILENT_SECONDS, START_PATIENCE, hung_among
+from vaejob.cluster.watch import SILENT_SECONDS, START_PATIENCE, Watch, hung_among
+from vaejob.config import ClusterConfig
 
 
 def beat(rank: int, *, moves: int = 5, group: str = "one", images_seen: int = 640) -> Beat:
@@ -40,6 +41,44 @@ def test_a_group_has_more_time_for_its_first_batch() -> None:
 
 def test_silence_alone_is_no_hang() -> None:
     assert hung_among([seen(0, still=29, silent=SILENT_SECONDS + 1)], hang_seconds=30) == []
+
+
+def test_who_waits_for_images_is_told_of_once_and_nobody_could_save_a_checkpoint() -> None:
+    told: list[str] = []
+    watch = Watch(
+        ClusterConfig(workers=2, hang_seconds=30), None, on_event=lambda event: told.append(event.body["text"])
+    )
+    blocked = Seen(beat(1)._replace(waits_for="s3://b/0.parquet: gave up"), 0.5, 0.5)
+    there_before = watch.workers_seen_at
+    for _ in range(3):
+        watch._look_at([seen(0, still=29), blocked])
+    assert told == ["worker 1 (pid 101 on host) waits for images: s3://b/0.parquet: gave up"]
+    assert watch.workers_seen_at == there_before
+    watch._look_at([seen(0, still=1), seen(1, still=1)])
+    assert watch.workers_seen_at > there_before
+    assert len(told) == 1
+
+
+def test_workers_are_not_still_while_one_of_them_waits_for_images_nor_right_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    board = Board()
+    for second in range(100, 400):
+        now = float(second)
+        board.beat(beat(0))
+        board.beat(beat(1)._replace(waits_for="s3://b/0.parquet: gave up"))
+        assert hung_among(board.workers(), hang_seconds=30) == []
+    for second in range(400, 430):
+        now = float(second)
+        board.beat(beat(0))
+        board.beat(beat(1))
+        assert hung_among(board.workers(), hang_seconds=30) == []
+    now = 431.0
+    board.beat(beat(0))
+    board.beat(beat(1))
+    assert len(hung_among(board.workers(), hang_seconds=30)) == 2
 
 
 def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are_gone(

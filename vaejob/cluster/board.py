@@ -19,6 +19,8 @@ class Beat(NamedTuple):
     moves: int
     """Batches that it has trained or scored, and requests that it has repeated; 0 before the first."""
     images_seen: int
+    waits_for: str = ""
+    """What keeps the images from it."""
 
     def __str__(self) -> str:
         return f"worker {self.rank} (pid {self.pid} on {self.host})"
@@ -87,6 +89,8 @@ class Board:
         if before is None or before.moves != beat.moves:
             moved_at = now
         self._workers[beat.rank] = (beat, moved_at, now)
+        if beat.waits_for:  # its peers stand still with it; none of them hangs, nor right after the wait
+            self._workers = {rank: (last, now, beaten_at) for rank, (last, _, beaten_at) in self._workers.items()}
 
     def workers(self) -> list[Seen]:
         now = time.monotonic()

@@ -97,8 +97,10 @@ def _trainer(job: JobConfig, board: Any, scratch: str, token: Token) -> TorchTra
         train_worker,
         train_loop_config={"job": job.model_dump(), "board": board},
         scaling_config=_scaling(job.cluster),
-        # The watch comes first.
-        torch_config=TorchConfig(timeout_s=int(2 * START_PATIENCE * job.cluster.hang_seconds)),
+        # The watch comes first, and so does the end of all patience with images that cannot be read.
+        torch_config=TorchConfig(
+            timeout_s=int(2 * START_PATIENCE * job.cluster.hang_seconds + job.checkpoint.outage_seconds)
+        ),
         run_config=RunConfig(  # type: ignore[arg-type]
             name=f"{job.run.name}-start-{token.number}",  # as Ray's logs and its dashboard call it
             storage_path=scratch,

@@ -34,7 +34,9 @@ class Watch:
         self._config, self._board, self._on_event = config, board, on_event
         self._growth = Growth(config)
         self._world_size = 0
+        self._waiting = False
         self.workers_seen_at = time.monotonic()
+        """When there were workers last that could save a checkpoint, had they been asked to."""
 
     def look(self) -> None:
         """Passes on what was posted. Raises ClusterError if the cluster is gone."""
@@ -52,8 +54,13 @@ class Watch:
 
     def _look_at(self, workers: list[Seen]) -> None:
         world_size = workers[0].beat.world_size if workers else 0
+        waiting = [seen.beat for seen in workers if seen.beat.waits_for and seen.silent_seconds < SILENT_SECONDS]
+        if waiting and not self._waiting:
+            self._on_event(Event("note", {"text": f"{waiting[0]} waits for images: {waiting[0].waits_for}"}))
+        self._waiting = bool(waiting)
         if workers:
-            self.workers_seen_at = time.monotonic()
+            if not waiting:
+                self.workers_seen_at = time.monotonic()
             if self._world_size not in (0, world_size):
                 self._on_event(
                     Event("status", {"text": f"going on with {world_size} of {self._config.most_workers} workers"})

@@ -15,7 +15,7 @@ from vaejob.cluster.board import Beat, Word
 from vaejob.config import JobConfig
 from vaejob.run import work
 from vaejob.storage.retry import retries_so_far
-from vaejob.training.worker import Report, Told, moved, moves_so_far
+from vaejob.training.worker import Report, Told, moved, moves_so_far, waits_for
 
 SECONDS_BETWEEN_MESSAGES = 1.0
 SECONDS_BETWEEN_QUESTIONS = 1.0
@@ -111,6 +111,7 @@ class RayWorker:
                 host,
                 moves=count,
                 images_seen=moves.images_seen,
+                waits_for=waits_for(),
             )
             self._board.beat.remote(beat)
             time.sleep(SECONDS_BETWEEN_BEATS)

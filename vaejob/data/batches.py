@@ -18,6 +18,7 @@ from vaejob.data.order import GlobalBatch, RankPlan
 from vaejob.data.reader import GROUPS_AHEAD, RowGroupReader
 from vaejob.errors import DataError
 from vaejob.storage import Bucket, open_bucket
+from vaejob.storage.patience import Patience
 
 EVALUATION_BLOCK = 256
 """Images evaluated together. Fixed, so that an image's arithmetic does not depend on the number of workers."""
@@ -45,6 +46,8 @@ class DataSet:
     manifest: Manifest
     row_groups: np.ndarray
     """Every row group in order, dtype ROW_GROUP."""
+    patience: Patience | None = None
+    """With a bucket that is out of reach, beyond the deadline of a request."""
 
     @cached_property
     def row_group_rows(self) -> np.ndarray:
@@ -65,7 +68,7 @@ class DataSet:
             world_size=world_size,
         )
         cache = self._cache(config)
-        groups = RowGroups(self.bucket, self.manifest, self.row_groups, cache=cache)
+        groups = RowGroups(self.bucket, self.manifest, self.row_groups, cache=cache, patience=self.patience)
         held, skip = self._groups_held(config, world_size=world_size), config.on_corrupt == "skip"
         reader = RowGroupReader(groups, groups_held=held, skip_damaged=skip)
         planned = (
@@ -114,7 +117,7 @@ class DataSet:
         return read.ids, read.images
 
     def _reader(self, *, groups_held: int, skip_damaged: bool = False) -> RowGroupReader:
-        groups = RowGroups(self.bucket, self.manifest, self.row_groups)
+        groups = RowGroups(self.bucket, self.manifest, self.row_groups, patience=self.patience)
         return RowGroupReader(groups, groups_held=groups_held, skip_damaged=skip_damaged)
 
     def _groups_held(self, config: DataConfig, *, world_size: int) -> int:

@@ -15,6 +15,7 @@ from vaejob.data.manifest import Manifest, Shard
 from vaejob.data.shards import Images, check_bytes, plain_images
 from vaejob.errors import BucketError, DataError
 from vaejob.storage import Bucket, open_bucket, split_address
+from vaejob.storage.patience import Patience
 from vaejob.storage.retry import read_whole
 
 READS_OF_DAMAGED_BYTES = 3
@@ -26,14 +27,22 @@ class RowGroups:
     """Reads row groups; safe to share between threads."""
 
     def __init__(
-        self, bucket: Bucket, manifest: Manifest, table: np.ndarray, *, cache: DiskCache | None = None
+        self,
+        bucket: Bucket,
+        manifest: Manifest,
+        table: np.ndarray,
+        *,
+        cache: DiskCache | None = None,
+        patience: Patience | None = None,
     ) -> None:
+        """patience: with a bucket that is out of reach, beyond the deadline of a request."""
         self.manifest = manifest
         self.table = table
         self.first_ids = np.concatenate([[0], np.cumsum(table["rows"], dtype=np.int64)])
         """Sample id of each row group's first row, and the number of images; shape [row groups + 1]."""
         self._bucket = shards_bucket(bucket, manifest)
         self._cache = cache
+        self._patience = patience
         self._first_groups = np.cumsum([0] + [shard.row_groups for shard in manifest.shards])
         footers = _FOOTERS_BYTES // max(shard.footer_size for shard in manifest.shards)
         self._footer = lru_cache(maxsize=min(max(1, footers), _FOOTERS))(self._read_footer)
@@ -53,7 +62,11 @@ class RowGroups:
 
     def read(self, group: int) -> Images:
         """The images of a row group. Raises DataError for bytes that stay damaged, BucketError if the bucket fails."""
-        return read_whole(lambda: self._read(group))
+
+        def read() -> Images:
+            return read_whole(lambda: self._read(group))
+
+        return read() if self._patience is None else self._patience.outlast(read)
 
     def _read(self, group: int) -> Images:
         shard, index = self._place(group)

@@ -22,7 +22,7 @@ from vaejob.training.evaluate import evaluate
 from vaejob.training.schedule import average_share, beta, due, learning_rate
 from vaejob.training.stability import diverged, refuse_to_go_on, replica_checksum
 from vaejob.training.step import StepTerms, move_average, require_compiler, train_step
-from vaejob.training.worker import Report, Worker, moved
+from vaejob.training.worker import Report, Worker, moved, take_waited
 
 Item = TypeVar("Item")
 
@@ -163,7 +163,7 @@ class Window:
 
     def report(self, *, learning_rate: float = 0.0) -> Report:
         """The sums so far, and the notes since the last report; waits for the device."""
-        notes, self._notes = self._notes, []
+        notes, self._notes = [*self._notes, *take_waited()], []
         state, counts = self._state, self._state.guard.counts()
         retries = retries_so_far()
         new_retries, self._retries = retries - self._retries, retries

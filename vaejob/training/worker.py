@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import torch
 
 from vaejob.metrics import LikelihoodTotals
+from vaejob.storage.patience import Patience
+from vaejob.storage.retry import StoreDown
 from vaejob.storage.runs import StateFile
 
 Told = TypeVar("Told")
@@ -90,6 +92,37 @@ def moved(images_seen: int) -> None:
 
 def moves_so_far() -> Moves:
     return _moves
+
+
+_waits_for = ""
+_waited: list[str] = []
+
+
+def patience_with_images(seconds: float) -> Patience:
+    """Of one process that trains, which can do nothing without images but wait: it says so while it does, and after."""
+
+    def began(error: StoreDown) -> None:
+        global _waits_for
+        _waits_for = str(error)
+
+    def ended(seconds: float) -> None:
+        global _waits_for
+        _waits_for = ""
+        _waited.append(f"waited for images: their bucket was out of reach for {seconds:.0f} s")
+
+    return Patience(seconds, on_outage=began, on_return=ended)
+
+
+def waits_for() -> str:
+    """What keeps the images from this process; empty where nothing does."""
+    return _waits_for
+
+
+def take_waited() -> list[str]:
+    """What a person should be told of waits that are over, since this was last asked."""
+    taken = _waited.copy()
+    del _waited[: len(taken)]
+    return taken
 
 
 class Event(NamedTuple):
