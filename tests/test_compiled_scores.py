@@ -60,27 +60,3 @@ def test_log_weights_are_one_graph_and_the_same(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.yaml") for number in range(len(jobs))]
     done = subprocess.run([sys.executable, "-c", ONE_GRAPH, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-SAME_DRAWS = """
-import torch
-from vaejob.model.noise import BINARIZE, LATENT, Noise
-
-for numbers in (1, 7, 50):
-    def drawn(keys):
-        noise = Noise(keys)
-        folds = noise.folds(range(2, 9, 3))
-        return noise.normal(LATENT, (numbers,)), noise.uniform(BINARIZE, (numbers, 2)), folds.keys, folds.normal(3, ())
-
-    torch.compiler.reset()
-    keys = torch.arange(-3, 8) * 0x1234567890ABCDE
-    for found, expected in zip(torch.compile(drawn, fullgraph=True)(keys), drawn(keys), strict=True):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-"""
-
-
-def test_draws_in_a_compiled_graph_are_the_draws() -> None:
-    """Bit for bit: the graph calls them, and does not make them anew."""
-    done = subprocess.run([sys.executable, "-c", SAME_DRAWS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

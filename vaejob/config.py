@@ -385,6 +385,12 @@ class JobConfig(Section):
                 f"{self.model.upper_latent}; the lower rate is known by its sample alone, of which nothing can be free: "
                 "it must be 0"
             )
+        layers = self.model.family == "hierarchical" or (self.model.family == "mlp" and self.model.upper_latent)
+        if self.training.compile and layers and self.objective.gradient == "dreg":
+            raise ValueError(
+                "training.compile is true with objective.gradient=dreg and several stochastic layers, whose gradient a "
+                "compiled graph gets wrong; set training.compile=false, or objective.gradient=standard"
+            )
         self._pairing_fits()
         return self
 

@@ -24,6 +24,8 @@ from vaejob.model.vae import Layer
 ACTIVE_VARIANCE = 0.01
 COLLAPSED_NATS = 0.01
 
+BATCHES_HELD = 64
+
 _GRID = 2.0**-16
 _COARSE = 2.0**12
 _FINE = 2.0**-30  # 1 / ESS - 1 / K, which is at most 1
@@ -130,6 +132,8 @@ class RunningTotals:
     def __init__(self, *, dims_per_image: int, device: torch.device | str) -> None:
         self._dims_per_image = dims_per_image
         self._images = 0
+        # Batches whose terms are still to be added: many at once cost little more than one, and sums are exact in any order.
+        self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
         # Rows: nats, coarse squares, their remainders, and in each column of the last row the images left out.
         self._sums = torch.zeros(4, len(_QUANTITIES), dtype=torch.float64, device=device)
         # As the fields of LikelihoodTotals named in _OF_WEIGHTS.
@@ -148,9 +152,23 @@ class RunningTotals:
 
         effective_samples is of the weights of so many samples as were drawn for the bound.
         """
-        distortion, rate = _to_grid(terms.distortion), _to_grid(terms.rate)
-        given = terms.negative_bound if negative_bound is None else negative_bound
-        bound = distortion + rate if given is None else _to_grid(given)
+        bound = terms.negative_bound if negative_bound is None else negative_bound
+        if self._held and (bound is None) != (self._held[0][2] is None):
+            self._add_held()
+        self._held.append((terms.distortion.detach(), terms.rate.detach(), None if bound is None else bound.detach()))
+        self._images += len(terms.distortion)
+        if effective_samples is not None:
+            finite = self._add_held()[-len(terms.distortion) :]
+            self._add_weights(effective_samples.double(), finite, samples=samples)
+        elif len(self._held) == BATCHES_HELD:
+            self._add_held()
+
+    def _add_held(self) -> Bool[Tensor, " B"]:
+        """Whether the terms of each image are finite."""
+        distortions, rates, bounds = zip(*self._held, strict=True)
+        self._held = []
+        distortion, rate = _to_grid(torch.cat(distortions)), _to_grid(torch.cat(rates))
+        bound = distortion + rate if bounds[0] is None else _to_grid(torch.cat(bounds))
         nats = torch.stack((distortion, rate, bound))
         finite = nats.isfinite().all(0)
         nats = torch.where(finite, nats, 0.0)
@@ -158,9 +176,7 @@ class RunningTotals:
         coarse = (squares / _COARSE).round() * _COARSE
         left_out = (~finite).double().expand_as(nats)
         self._sums += torch.stack((nats, coarse, _to_grid(squares - coarse), left_out)).sum(2)
-        self._images += nats.shape[1]
-        if effective_samples is not None:
-            self._add_weights(effective_samples.double(), finite, samples=samples)
+        return finite
 
     def _add_weights(self, ess: Float[Tensor, " B"], finite: Bool[Tensor, " B"], *, samples: int) -> None:
         inverse = torch.where(finite, 1 / ess, 0.0)
@@ -171,6 +187,8 @@ class RunningTotals:
 
     def to_host(self) -> LikelihoodTotals:
         """Waits for the device."""
+        if self._held:
+            self._add_held()
         nats, squares, rests, left_out = self._sums.tolist()
         numbers: dict[str, Any] = {"non_finite": int(left_out[0])}
         for name, *sums in zip(_QUANTITIES, nats, squares, rests, strict=True):
@@ -181,6 +199,7 @@ class RunningTotals:
 
     def clear(self) -> None:
         self._images = 0
+        self._held.clear()
         self._sums.zero_()
         self._weights.zero_()
 

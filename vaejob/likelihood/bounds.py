@@ -4,7 +4,7 @@ Shapes: B images, L stochastic layers, K samples (codes drawn per image), C H W 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from vaejob.config import ObjectiveConfig
 from vaejob.likelihood.pixels import ObservationModel
 from vaejob.model.decoder_only import DecoderOnlyVAE
 from vaejob.model.gaussian import Gaussian
-from vaejob.model.noise import Noise
+from vaejob.model.noise import LATENT, Noise
 from vaejob.model.vae import VAE, Inference, Layer
 
 ONE_CODE = ObjectiveConfig()
@@ -62,20 +62,21 @@ class NegativeELBO(nn.Module):
         noise_keys: Int64[Tensor, " B"],
         config: ObjectiveConfig = ONE_CODE,
         ids: Int64[Tensor, " B"] | None = None,
+        drawn: Mapping[int, Tensor] | None = None,
     ) -> BoundTerms:
         """The negative ELBO, or the bound that config names, with its number of codes per image.
 
+        drawn: what `draws` gave of the same keys and config; without it the numbers are drawn here.
         With ids: -log p(x | z) of the code z that belongs to each image, by its sample id, which is no bound on log p(x).
         """
         if ids is not None:
             assert isinstance(self.vae, DecoderOnlyVAE), type(self.vae)
-            distortion = -self.pixels.log_prob(self.vae.decode(self.vae.own_codes(ids)), levels)
+            codes = drawn[LATENT] if drawn else self.vae.own_codes(ids)
+            distortion = -self.pixels.log_prob(self.vae.decode(codes), levels)
             return BoundTerms(distortion, torch.zeros_like(distortion)[:, None])
-        inputs, noise, samples = self.pixels.to_inputs(levels), Noise(noise_keys), config.samples
-        if config.bound == "elbo" and samples == 1:
-            inference = self.vae.infer(inputs, noise)
-        else:
-            inference = self.vae.draw(self.vae.encode(inputs), noise.folds(range(samples)), samples=samples)
+        inputs, samples = self.pixels.to_inputs(levels), config.samples
+        noise = _noise_of_codes(noise_keys, config) if drawn is None else Noise(noise_keys, drawn)
+        inference = self.vae.draw(self.vae.encode(inputs), noise, samples=samples)
         if config.bound == "elbo":
             distortion = -self.pixels.log_prob(inference.parameters, _repeat(levels, samples))
             return BoundTerms(_mean_over_samples(distortion, samples), _rates(inference.layers, samples))
@@ -83,7 +84,27 @@ class NegativeELBO(nn.Module):
         return _importance_weighted(inference, self.pixels, levels, samples=samples, twice=twice)
 
 
-def objective(terms: BoundTerms, *, beta: float, free_bits_nats: float) -> Float[Tensor, " B"]:
+def draws(
+    vae: VAE, keys: Int64[Tensor, " B"], config: ObjectiveConfig, ids: Int64[Tensor, " B"] | None = None
+) -> Mapping[int, Float[Tensor, "KB ..."]]:
+    """The numbers that the codes of a batch are drawn from, by stream: a compiled graph must not make them itself.
+
+    With ids: the codes themselves, if they are drawn and not learnt.
+    """
+    if ids is not None:
+        assert isinstance(vae, DecoderOnlyVAE), type(vae)
+        return {LATENT: vae.drawn_codes(ids)} if vae.table is None else {}
+    drawn = _noise_of_codes(keys, config).draw(vae.streams).drawn
+    assert drawn is not None
+    return drawn
+
+
+def _noise_of_codes(keys: Int64[Tensor, " B"], config: ObjectiveConfig) -> Noise:
+    noise = Noise(keys)
+    return noise if config.bound == "elbo" and config.samples == 1 else noise.folds(range(config.samples))
+
+
+def objective(terms: BoundTerms, *, beta: float | Float[Tensor, ""], free_bits_nats: float) -> Float[Tensor, " B"]:
     """What is minimised for each image; it is the negative ELBO only where beta is 1 and no bits are free.
 
     A bound that is no sum of two halves is minimised as it is.
@@ -147,10 +168,12 @@ def importance_bound(
     log_w = torch.empty(samples, len(levels), dtype=torch.float64, device=levels.device)
     repeated = _repeat(levels, min(chunk, samples))
     for start in range(0, samples, chunk):
-        draws = range(start, min(start + chunk, samples))
-        rows = repeated[: len(draws) * len(levels)]
-        weights = weigh(vae, pixels, rows, encoding, noise.folds(draws), len(draws))
-        log_w[start : draws.stop] = weights.view(len(draws), len(levels))
+        several = range(start, min(start + chunk, samples))
+        rows = repeated[: len(several) * len(levels)]
+        # Drawn beforehand: a compiled graph must not make them itself.
+        codes = noise.folds(several).draw(vae.streams)
+        weights = weigh(vae, pixels, rows, encoding, codes, len(several))
+        log_w[start : several.stop] = weights.view(len(several), len(levels))
     return combine_weights(log_w)
 
 

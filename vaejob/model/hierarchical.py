@@ -63,6 +63,10 @@ class HierarchicalVAE(VAE):
         self.down = nn.ModuleList(Rung(width, channels, size, gain=down_gain) for _, _, size in self.code_shapes)
         self.output = _conv(width, output_planes, 1)
 
+    @property
+    def streams(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        return tuple((LATENT + layer, shape) for layer, shape in enumerate(self.code_shapes))
+
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Activations:  # type: ignore[override]
         """Unlike other families', not yet a Gaussian: a posterior below the top depends on the codes drawn above it."""
         h: Tensor = self.input(inputs)
@@ -87,8 +91,8 @@ class HierarchicalVAE(VAE):
     def _descend(self, maps: dict[int, Tensor], noise: Noise) -> Inference:
         """With the encoder's map of each size, codes from the posteriors; without any, from the priors."""
         layers: list[Layer] = []
-        eps = [noise.normal(LATENT + layer, shape) for layer, shape in enumerate(self.code_shapes)]
-        state = self.start.expand(noise.keys.shape[0], -1, -1, -1)
+        eps = [noise.normal(stream, shape) for stream, shape in self.streams]
+        state = self.start.expand(eps[0].shape[0], -1, -1, -1)
         for rung, (_, _, size), own in zip(self.down, self.code_shapes, eps, strict=True):
             layer, state = rung(_grow(state, size), own, maps.get(size))
             layers.append(layer)

@@ -4,13 +4,12 @@ An image's key is a hash of (seed, purpose, epoch, id). A key and a stream seed 
 gives elements 2e and 2e + 1. Nothing is stored and nothing advances.
 
 torch.compile must not look into the draws: inductor (torch 2.13, CPU) shifts int64 wrongly in the last, partly filled
-vector of a row, and corrupts memory where int64 is viewed as int32. So a compiled graph calls them as operations of their
-own; they do not break it in two.
+vector of a row, and corrupts memory where int64 is viewed as int32. So a compiled graph is given them, drawn beforehand.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,14 +31,32 @@ class Noise(NamedTuple):
     """One key per image, on the device where the numbers are wanted."""
 
     keys: Int64[Tensor, " B"]
+    drawn: Mapping[int, Float[Tensor, "B ..."]] | None = None
+    """Normal numbers by their stream, which were drawn beforehand."""
 
     def normal(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """N(0, 1) by Box and Muller, in float64 until the last rounding, which hides how devices differ in a logarithm."""
-        return (_normal_of_graph if is_compiling() else _normal)(self.keys, stream, shape)
+        if self.drawn is not None and stream in self.drawn:
+            return self.drawn[stream]
+        size = math.prod(shape)
+        hashes = _hashes(self.keys, stream=stream, count=(size + 1) // 2)
+        low, high = (hashes & 0xFFFFFFFF).double(), _shift(hashes, 32).double()
+        radius = ((low + 1) * 2.0**-32).log_().mul_(-2).sqrt_()
+        angle = high.mul_(2 * math.pi * 2.0**-32)
+        pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+        return _cut(pairs.float(), len(self.keys), size, shape)
 
     def uniform(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """[0, 1) in multiples of 2^-24, all of which float32 holds exactly."""
-        return (_uniform_of_graph if is_compiling() else _uniform)(self.keys, stream, shape)
+        size = math.prod(shape)
+        hashes = _hashes(self.keys, stream=stream, count=(size + 1) // 2)
+        # The low half first: every device we meet is little-endian.
+        halves = hashes.flatten().view(torch.int32)
+        return _cut((halves & 0xFFFFFF).float().mul_(2.0**-24), len(self.keys), size, shape)
+
+    def draw(self, streams: Iterable[tuple[int, tuple[int, ...]]]) -> "Noise":
+        """With the normal numbers of these streams and shapes already drawn."""
+        return self._replace(drawn={stream: self.normal(stream, shape) for stream, shape in streams})
 
     def fold(self, value: int) -> "Noise":
         """Independent noise for the same images, such as that of the value-th importance sample."""
@@ -47,8 +64,8 @@ class Noise(NamedTuple):
 
     def folds(self, values: range) -> "Noise":
         """The folds of several values, laid end to end: all images of the first, then all of the second."""
-        fold = _folds_of_graph if is_compiling() else _folds
-        return Noise(fold(self.keys, values.start, values.stop, values.step))
+        steps = torch.arange(values.start, values.stop, values.step, device=self.keys.device) * _GAMMA
+        return Noise(_mix_((self.keys ^ _FOLD) + steps[:, None]).flatten())
 
 
 def image_noise(
@@ -88,6 +105,7 @@ def _hashes(keys: Int64[Tensor, " B"], *, stream: int, count: int) -> Int64[Tens
 
 def _mix_(state: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The finaliser of splitmix64, in place; int64 products wrap as unsigned ones do."""
+    assert not is_compiling(), "a compiled graph is given its noise, drawn beforehand"
     state.bitwise_xor_(_shift(state, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     state.bitwise_xor_(_shift(state, 27)).mul_(_signed(0x94D049BB133111EB))
     return state.bitwise_xor_(_shift(state, 31))
@@ -98,58 +116,6 @@ def _shift(state: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
     return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def _normal(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    size = math.prod(shape)
-    hashes = _hashes(keys, stream=stream, count=(size + 1) // 2)
-    low, high = (hashes & 0xFFFFFFFF).double(), _shift(hashes, 32).double()
-    radius = ((low + 1) * 2.0**-32).log_().mul_(-2).sqrt_()
-    angle = high.mul_(2 * math.pi * 2.0**-32)
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return _cut(pairs.float(), len(keys), size, shape)
-
-
-def _uniform(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    size = math.prod(shape)
-    hashes = _hashes(keys, stream=stream, count=(size + 1) // 2)
-    # The low half first: every device we meet is little-endian.
-    halves = hashes.flatten().view(torch.int32)
-    return _cut((halves & 0xFFFFFF).float().mul_(2.0**-24), len(keys), size, shape)
-
-
-def _cut(numbers: Tensor, images: int, size: int, shape: Sequence[int]) -> Tensor:
+def _cut(numbers: Tensor, images: int, size: int, shape: tuple[int, ...]) -> Tensor:
     """They were made in twos: without the last of an odd number."""
     return numbers.reshape(images, size + size % 2)[:, :size].reshape(images, *shape)
-
-
-def _folds(keys: Tensor, start: int, stop: int, step: int) -> Tensor:
-    steps = torch.arange(start, stop, step, device=keys.device) * _GAMMA
-    return _mix_((keys ^ _FOLD) + steps[:, None]).flatten()
-
-
-# The same, as operations that a compiled graph calls and does not look into.
-
-
-@torch.library.custom_op("vaejob::normal", mutates_args=())
-def _normal_of_graph(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    return _normal(keys, stream, shape).contiguous()
-
-
-@torch.library.custom_op("vaejob::uniform", mutates_args=())
-def _uniform_of_graph(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    return _uniform(keys, stream, shape).contiguous()
-
-
-@torch.library.custom_op("vaejob::folds", mutates_args=())
-def _folds_of_graph(keys: Tensor, start: int, stop: int, step: int) -> Tensor:
-    return _folds(keys, start, stop, step)
-
-
-@_normal_of_graph.register_fake
-@_uniform_of_graph.register_fake
-def _numbers_like(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    return keys.new_empty((keys.shape[0], *shape), dtype=torch.float32)
-
-
-@_folds_of_graph.register_fake
-def _folds_like(keys: Tensor, start: int, stop: int, step: int) -> Tensor:
-    return keys.new_empty(keys.shape[0] * len(range(start, stop, step)))

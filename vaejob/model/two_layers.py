@@ -30,6 +30,10 @@ class TwoLayerVAE(DenseVAE):
         for module in (self.upper_encoder, self.upper_posterior, self.upper_decoder, self.lower_prior):
             module.apply(glorot)
 
+    @property
+    def streams(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        return ((LATENT, self.upper_latent_shape), (LATENT + 1, self.latent_shape))
+
     def encode_upper(self, z1: Float[Tensor, "SB latent"]) -> Gaussian:
         """q(z2 | z1)"""
         return gaussian(*self.upper_posterior(self.upper_encoder(z1)).chunk(2, dim=1), bounded=self.bounded)

@@ -40,6 +40,11 @@ class VAE(nn.Module):
 
     latent_shape: tuple[int, ...]
 
+    @property
+    def streams(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The noise that each code is drawn from, and its shape."""
+        return ((LATENT, self.latent_shape),)
+
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
         raise NotImplementedError
 

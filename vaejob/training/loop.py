@@ -21,7 +21,14 @@ from vaejob.training.checkpoint import StateWriter, TrainState
 from vaejob.training.evaluate import evaluate
 from vaejob.training.schedule import average_share, beta, due, learning_rate
 from vaejob.training.stability import diverged, refuse_to_go_on, replica_checksum
-from vaejob.training.step import StepTerms, move_average, require_compiler, train_step
+from vaejob.training.step import (
+    CompiledPasses,
+    CompiledScorer,
+    StepTerms,
+    move_average,
+    require_compiler,
+    train_step,
+)
 from vaejob.training.worker import Report, Worker, moved, take_waited
 
 Item = TypeVar("Item")
@@ -45,7 +52,7 @@ def train(
 
     Raises Diverged where training cannot go on from here, ConfigError where it has gone back often enough.
     """
-    model = _compiled(state.scorer, worker, job)
+    model = _trained(state.scorer, worker, job)
     window = Window(
         job, worker, state, attempt, dims_per_image=dims_per_image, notes=notes, retries_before=retries_before
     )
@@ -196,7 +203,7 @@ def _step(
     job: JobConfig,
     worker: Worker,
     state: TrainState,
-    model: nn.Module,
+    model: nn.Module | CompiledPasses,
     batch: Batch,
     images: Tensor,
     *,
@@ -223,17 +230,15 @@ def _step(
     return terms
 
 
-def _compiled(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module:
+def _trained(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module | CompiledPasses:
     """What the step calls: compiled if that was asked for, and with the gradients of all ranks averaged if there are several."""
     model: nn.Module = scorer
     if job.training.compile:
         require_compiler("training.compile is true", otherwise="set training.compile=false")
-        model = torch.compile(scorer)  # type: ignore[assignment]
-        if job.objective.gradient == "dreg":
-            # Its derivatives by the codes go through the graph before the backward pass does.
-            import torch._functorch.config as graphs
-
-            graphs.donated_buffer = False
+        if worker.world_size == 1 and job.objective.gradient == "standard":
+            return CompiledPasses(scorer, job)
+        least, rest = divmod(job.data.global_batch, worker.world_size)
+        model = CompiledScorer(scorer, sizes={least, least + bool(rest)})
     if worker.world_size == 1:
         return model
     devices = [worker.device] if worker.device.type == "cuda" else None

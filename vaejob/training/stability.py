@@ -4,6 +4,10 @@ After the all-reduce every rank holds the gradient of the global batch in the sa
 and of the decisions before is therefore the same on every rank, and nothing has to be communicated.
 """
 
+import ctypes
+import math
+import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, NoReturn
 
@@ -54,17 +58,15 @@ class GradientGuard:
     def __init__(
         self, config: OptimizerConfig, *, device: torch.device | str = "cpu", on_host: bool | None = None
     ) -> None:
-        self._clip = config.clip or float("inf")
-        self._factor = config.skip_factor or float("inf")
+        clip, factor = config.clip or math.inf, config.skip_factor or math.inf
         # A CPU does not run ahead, so nothing waits where its numbers are looked at. torch's fused optimisers look on the
         # device; Adamax has no such step, and costs a GPU a wait at each.
         self._on_host = config.name == "adamax" or torch.device(device).type == "cpu" if on_host is None else on_host
+        self._judge = HostJudge(clip, factor) if self._on_host else DeviceJudge(clip, factor, device=device)
         self.halvings = 0
         """Times that the job went back; each halves the learning rate for good."""
-        self._norms = torch.full((RING_STEPS,), float("nan"), device=device)  # the oldest first
-        self._large_in_a_row, self._non_finite_in_a_row = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        self._device = device
         self._steps = 0
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # skipped, non-finite, norms
 
     @property
     def rate_factor(self) -> float:
@@ -75,19 +77,117 @@ class GradientGuard:
         """Moves the weights by the gradients that they hold; 1 if the step was skipped, else 0, on the device."""
         held = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
         gradients = [gradient for gradient in held if gradient is not None]
-        skipped, divisor = self._judge(nn.utils.get_total_norm(gradients).float())
-        if not self._on_host:
+        self._steps += 1
+        norm = nn.utils.get_total_norm(gradients).float()
+        if isinstance(self._judge, DeviceJudge):
             # What GradScaler tells a fused optimiser: it leaves everything as it is, or divides the gradient first.
+            skipped, divisor = self._judge(norm)
             optimizer.found_inf, optimizer.grad_scale = skipped, divisor  # type: ignore[attr-defined]
             optimizer.step()
-        elif not skipped:
-            if divisor != 1:
-                torch._foreach_div_(gradients, divisor)
-            optimizer.step()
-        return skipped
+            return skipped
+        divide_by = self._judge(norm.item())
+        if divide_by is None:
+            return torch.ones((), device=self._device)
+        if divide_by != 1:
+            torch._foreach_div_(gradients, divide_by)
+        optimizer.step()
+        return torch.zeros((), device=self._device)
 
-    def _judge(self, norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Whether the step is skipped, as 1 or 0, and by what its gradient is divided; without waiting for the device."""
+    def counts(self) -> StepCounts:
+        """Since the last restart; waits for the device."""
+        return StepCounts(self._steps, *self._judge.counts())
+
+    def restart(self) -> None:
+        """Behind a report; what later decisions depend on stays."""
+        self._steps = 0
+        self._judge.restart()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What later decisions depend on."""
+        norms, large, non_finite = self._judge.state()
+        counts = (large, non_finite, torch.tensor(self.halvings, device=norms.device))
+        return {"norms": norms, "counts": torch.stack(counts)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what tensors() gave; states older than the guard have none of it."""
+        if tensors:
+            large, non_finite, halvings = tensors["counts"].to(self._device, copy=True)
+            self._judge.load(tensors["norms"].to(self._device, copy=True), large, non_finite)
+            self.halvings = int(halvings)
+
+
+class HostJudge:
+    """Whether a step is skipped, and by what its gradient is divided, in plain numbers that are rounded as on a device."""
+
+    def __init__(self, clip: float, factor: float) -> None:
+        self._clip, self._factor = _single(clip), _single(factor)
+        self._norms = deque[float](maxlen=RING_STEPS)
+        self._large_in_a_row = self._non_finite_in_a_row = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self._skipped = self._non_finite = 0
+        self._sum = 0.0
+
+    def __call__(self, norm: float) -> float | None:
+        """The divisor; None where the step is skipped."""
+        if not math.isfinite(norm):
+            self._non_finite_in_a_row += 1
+            self._non_finite += 1
+            self._skipped += 1
+            return None
+        self._non_finite_in_a_row = 0
+        largest = math.inf
+        if len(self._norms) == RING_STEPS:
+            largest = _single(self._factor * statistics.median_low(self._norms))
+        bound = self._clip
+        if norm > largest:
+            if self._large_in_a_row < LARGE_IN_A_ROW:
+                self._large_in_a_row += 1
+                self._skipped += 1
+                return None
+            self._norms.clear()
+            bound = min(largest, self._clip)
+        else:
+            self._norms.append(norm)
+        self._large_in_a_row = 0
+        self._sum += norm
+        return max(1.0, _single(norm / bound)) if bound else math.inf
+
+    def counts(self) -> tuple[int, int, float, int]:
+        """Skipped, of them not finite, the sum of norms; not finite in a row."""
+        return self._skipped, self._non_finite, self._sum, self._non_finite_in_a_row
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        missing = [math.nan] * (RING_STEPS - len(self._norms))
+        counts = torch.tensor((self._large_in_a_row, self._non_finite_in_a_row))
+        return torch.tensor([*missing, *self._norms], dtype=torch.float32), counts[0], counts[1]
+
+    def load(self, norms: Tensor, large: Tensor, non_finite: Tensor) -> None:
+        self._norms.clear()
+        self._norms.extend(norm for norm in norms.tolist() if not math.isnan(norm))
+        self._large_in_a_row, self._non_finite_in_a_row = int(large), int(non_finite)
+
+
+def _single(value: float) -> float:
+    """Rounded to float32, in which devices compare and divide."""
+    return ctypes.c_float(value).value
+
+
+class DeviceJudge:
+    """The same on a device, without waiting for it."""
+
+    def __init__(self, clip: float, factor: float, *, device: torch.device | str) -> None:
+        self._clip, self._factor = clip, factor
+        self._norms = torch.full((RING_STEPS,), math.nan, device=device)  # the oldest first
+        self._large_in_a_row, self._non_finite_in_a_row = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # skipped, non-finite, norms
+
+    def restart(self) -> None:
+        self._sums.zero_()
+
+    def __call__(self, norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """1 or 0, and the divisor."""
         largest = self._factor * self._norms.median()  # nan, which nothing exceeds, until the ring is full
         finite = norm.isfinite()
         large = finite & (norm > largest)
@@ -98,35 +198,18 @@ class GradientGuard:
         self._norms = torch.where(escapes, torch.nan, pushed)
         self._large_in_a_row = torch.where(finite, (self._large_in_a_row + 1) * skipped, self._large_in_a_row)
         self._non_finite_in_a_row = (self._non_finite_in_a_row + 1) * ~finite
-        self._steps += 1
         self._sums += torch.stack((skipped, ~finite, torch.where(skipped, 0.0, norm)))
         return skipped.float(), (norm / bound).clamp(min=1.0)
 
-    def counts(self) -> StepCounts:
-        """Since the last restart; waits for the device."""
+    def counts(self) -> tuple[int, int, float, int]:
         skipped, non_finite, norms = self._sums.tolist()
-        return StepCounts(self._steps, int(skipped), int(non_finite), norms, int(self._non_finite_in_a_row))
+        return int(skipped), int(non_finite), norms, int(self._non_finite_in_a_row)
 
-    def restart(self) -> None:
-        """Behind a report; what later decisions depend on stays."""
-        self._steps = 0
-        self._sums.zero_()
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._norms, self._large_in_a_row, self._non_finite_in_a_row
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What later decisions depend on."""
-        counts = (
-            self._large_in_a_row,
-            self._non_finite_in_a_row,
-            torch.tensor(self.halvings, device=self._norms.device),
-        )
-        return {"norms": self._norms, "counts": torch.stack(counts)}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what tensors() gave; states older than the guard have none of it."""
-        if tensors:
-            self._norms = tensors["norms"].to(self._norms.device, copy=True)
-            counts = tensors["counts"].to(self._norms.device, copy=True)
-            self._large_in_a_row, self._non_finite_in_a_row, self.halvings = counts[0], counts[1], int(counts[2])
+    def load(self, norms: Tensor, large: Tensor, non_finite: Tensor) -> None:
+        self._norms, self._large_in_a_row, self._non_finite_in_a_row = norms, large, non_finite
 
 
 def diverged(report: Report, *, last: bool) -> bool:

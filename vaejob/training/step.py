@@ -1,16 +1,17 @@
 """One optimisation step: the gradient of the mean objective of the global batch, whatever each rank holds of it."""
 
 import platform
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from vaejob.config import JobConfig, LikelihoodConfig, OptimizerConfig
+from vaejob.config import JobConfig, LikelihoodConfig, ObjectiveConfig, OptimizerConfig
 from vaejob.errors import ConfigError
-from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, objective
+from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, draws, objective
 from vaejob.likelihood.pixels import ObservationModel, make_pixels
 from vaejob.model import build_model
 from vaejob.model.noise import Noise, image_noise
@@ -52,8 +53,24 @@ def draw_levels(
     return pixels.to_levels(images, noise)
 
 
-def train_step(
+def forward(
     model: nn.Module,
+    levels: Tensor,
+    keys: Int64[Tensor, " B"],
+    own: Int64[Tensor, " B"] | None,
+    *,
+    job: JobConfig,
+    beta: float | Float[Tensor, ""],
+    drawn: Mapping[int, Tensor] | None = None,
+) -> tuple[BoundTerms, Float[Tensor, ""]]:
+    """The terms of each image, and the sum of their objective."""
+    with torch.autocast(levels.device.type, torch.bfloat16, enabled=job.training.precision == "bf16"):
+        terms: BoundTerms = model(levels, keys, job.objective, own, drawn)
+    return terms, objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
+
+
+def train_step(
+    model: "nn.Module | CompiledPasses",
     optimizer: torch.optim.Optimizer,
     images: UInt8[Tensor, "B C H W"],
     ids: np.ndarray,
@@ -74,15 +91,85 @@ def train_step(
     noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
     levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
     own = torch.tensor(ids, device=images.device) if job.objective.own_codes else None
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.training.precision == "bf16"):
-        terms: BoundTerms = model(levels, noise.keys, job.objective, own)
-    objective_nats = objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
-    (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
+    if isinstance(model, CompiledPasses):
+        terms, objective_nats = model(levels, noise.keys, own, beta=beta, weight=weight)
+    else:
+        terms, objective_nats = forward(model, levels, noise.keys, own, job=job, beta=beta)
+        (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     skipped = guard.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     return StepTerms(terms.detach(), objective_nats.detach(), skipped)
+
+
+class CompiledScorer(nn.Module):
+    """A scorer for DDP: full batches go through a compiled graph, for which the codes' noise is drawn beforehand.
+
+    A batch of another size, such as the last of an epoch, is not worth compiling anew for.
+    """
+
+    def __init__(self, scorer: NegativeELBO, *, sizes: Collection[int]) -> None:
+        super().__init__()
+        self.scorer, self._sizes = scorer, sizes
+        self._graph = torch.compile(scorer, dynamic=False)
+
+    def forward(
+        self,
+        levels: Tensor,
+        keys: Int64[Tensor, " B"],
+        config: ObjectiveConfig,
+        own: Int64[Tensor, " B"] | None,
+        drawn: None,
+    ) -> BoundTerms:
+        graph = self._graph if len(levels) in self._sizes else self.scorer
+        terms: BoundTerms = graph(levels, keys, config, own, draws(self.scorer.vae, keys, config, own))
+        return terms
+
+
+class CompiledPasses:
+    """Forward and backward pass of a single process in one compiled graph; other sizes of batches as CompiledScorer does."""
+
+    def __init__(self, scorer: NegativeELBO, job: JobConfig) -> None:
+        self._scorer, self._job = scorer, job
+        self._parameters = tuple(scorer.parameters())
+        self._graph = torch.compile(self._passes, dynamic=False)
+        self._compiled = False
+
+    def __call__(
+        self, levels: Tensor, keys: Int64[Tensor, " B"], own: Int64[Tensor, " B"] | None, *, beta: float, weight: float
+    ) -> tuple[BoundTerms, Float[Tensor, ""]]:
+        """As `forward`; the parameters then hold the gradient of weight times the objective."""
+        full = len(levels) == self._job.data.global_batch
+        # As tensors: a graph would be made for each value of a number.
+        beta_there, weight_there = (torch.full((), value, device=levels.device) for value in (beta, weight))
+        drawn = draws(self._scorer.vae, keys, self._job.objective, own)
+        arguments = levels, keys, own, drawn, beta_there, weight_there
+        if full and not self._compiled:
+            import torch._dynamo.config as tracing  # loads the compiler, which takes seconds
+
+            with tracing.patch(trace_autograd_ops=True):
+                self._graph(*arguments)
+            self._compiled = True
+        terms, objective_nats, gradients = (self._graph if full else self._passes)(*arguments)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            # Fused optimisers go through the memory of both in one order.
+            alike = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
+        return terms, objective_nats
+
+    def _passes(
+        self,
+        levels: Tensor,
+        keys: Int64[Tensor, " B"],
+        own: Int64[Tensor, " B"] | None,
+        drawn: Mapping[int, Tensor],
+        beta: Float[Tensor, ""],
+        weight: Float[Tensor, ""],
+    ) -> tuple[BoundTerms, Float[Tensor, ""], tuple[Tensor, ...]]:
+        terms, objective_nats = forward(self._scorer, levels, keys, own, job=self._job, beta=beta, drawn=drawn)
+        gradients = torch.autograd.grad(objective_nats * weight, self._parameters)
+        return terms.detach(), objective_nats.detach(), gradients
 
 
 @torch.no_grad()
