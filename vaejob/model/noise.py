@@ -106,9 +106,21 @@ def _hashes(keys: Int64[Tensor, " B"], *, stream: int, count: int) -> Int64[Tens
 def _mix_(state: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The finaliser of splitmix64, in place; int64 products wrap as unsigned ones do."""
     assert not is_compiling(), "a compiled graph is given its noise, drawn beforehand"
+    if state.device.type == "cpu":
+        # numpy knows a logical shift, and takes half of torch's time for many numbers, a quarter for few.
+        words = state.numpy().view(np.uint64)
+        words ^= words >> _WORDS[30]
+        words *= _WORDS[0xBF58476D1CE4E5B9]
+        words ^= words >> _WORDS[27]
+        words *= _WORDS[0x94D049BB133111EB]
+        words ^= words >> _WORDS[31]
+        return state
     state.bitwise_xor_(_shift(state, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     state.bitwise_xor_(_shift(state, 27)).mul_(_signed(0x94D049BB133111EB))
     return state.bitwise_xor_(_shift(state, 31))
+
+
+_WORDS = {value: np.uint64(value) for value in (27, 30, 31, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)}
 
 
 def _shift(state: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:

@@ -99,7 +99,9 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     skipped = guard.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
     return StepTerms(terms.detach(), objective_nats.detach(), skipped)
 
 
