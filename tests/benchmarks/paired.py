@@ -6,7 +6,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import vaejob
@@ -56,17 +56,21 @@ def measured(work: Pass) -> Cost:
     return Cost(images, time.process_time() - cpu, seconds)
 
 
-def alternate(passes: Mapping[str, Pass], *, rounds: int) -> tuple[dict[str, Cost], list[dict[str, Cost]]]:
-    """The first pass of each, which warms up and compiles, and the rounds: every one has all passes, in random order."""
-    order, names = random.Random(0), list(passes)
-    first = {name: measured(passes[name]) for name in names}
-    found = []
-    for turn in range(rounds):
+def alternate(
+    passes: Mapping[str, Pass], *, rounds: int, seconds: float
+) -> Iterator[tuple[dict[str, Cost], list[dict[str, Cost]]]]:
+    """The first pass of each, which warms up and compiles, and the rounds so far, after every round.
+
+    A round has all passes, in random order. Rounds end early where the clock has come to so many seconds, but not before 3.
+    """
+    order, names, until = random.Random(0), list(passes), time.perf_counter() + seconds
+    first, found = {name: measured(passes[name]) for name in names}, []
+    while len(found) < min(rounds, 3) or (len(found) < rounds and time.perf_counter() < until):
         order.shuffle(names)
         found.append({name: measured(passes[name]) for name in names})
         told = ", ".join(f"{name} {1e3 * cost.cpu_seconds / cost.images:.3g}" for name, cost in found[-1].items())
-        print(f"round {turn + 1}: CPU ms an image: {told}; load {os.getloadavg()[0]:.1f}", flush=True)
-    return first, found
+        print(f"round {len(found)}: CPU ms an image: {told}; load {os.getloadavg()[0]:.1f}", flush=True)
+        yield first, found
 
 
 class PacedJob:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,11 +17,12 @@ from tests.benchmarks.paired import Cost, PacedJob, Pass, alternate
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
 
-FP32, COMPILED, BF16 = "ours fp32", "ours fp32 compiled", "ours bf16 compiled"
+FP32, COMPILED, BF16, BF16_COMPILED = "ours fp32", "ours fp32 compiled", "ours bf16", "ours bf16 compiled"
 PRECISIONS = {
-    FP32: [],
-    COMPILED: ["training.compile=true"],
-    BF16: ["training.compile=true", "training.precision=bf16"],
+    FP32: ["training.compile=false", "training.precision=fp32"],
+    COMPILED: ["training.compile=true", "training.precision=fp32"],
+    BF16: ["training.compile=false", "training.precision=bf16"],
+    BF16_COMPILED: ["training.compile=true", "training.precision=bf16"],
 }
 
 
@@ -39,14 +41,15 @@ class Found:
     first: dict[str, Cost] = field(default_factory=dict)
     rounds: list[dict[str, Cost]] = field(default_factory=list)
 
-    def measure(self, passes: Mapping[str, Pass], *, rounds: int) -> "Found":
+    def measure(self, passes: Mapping[str, Pass], options: argparse.Namespace) -> "Found":
+        """What is found is written after every round, so that a run that is cut short has its table."""
         for line in self.proofs:
             print(f"{self.case}: {line}", flush=True)
-        self.first, self.rounds = alternate(passes, rounds=rounds)
+        chosen = {name: work for name, work in passes.items() if not options.eager or "compiled" not in name}
+        for first, rounds in alternate(chosen, rounds=options.rounds, seconds=60 * options.minutes):
+            self.first, self.rounds = first, rounds
+            options.here.write_text(json.dumps(asdict(self)))
         return self
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Found":

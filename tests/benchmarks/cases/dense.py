@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import vaejob
-from tests.benchmarks.cases.case import BF16, COMPILED, FP32, PRECISIONS, Found, gradients, paced, relative, settings
+from tests.benchmarks.cases.case import FP32, PRECISIONS, Found, gradients, paced, relative, settings
 from tests.benchmarks.loop import all_images, pack_digits
 from tests.benchmarks.peers.of_pythae import dense_peer, epochs, with_noise
 from vaejob.config import JobConfig
@@ -35,7 +34,7 @@ def _elbo(case: str, options: argparse.Namespace, folder: str, *, batch: int, im
         case=case,
         title=f"Dense VAE 784-200-200-50, Bernoulli, batch {batch}",
         peer="pythae",
-        goals={name: goal for name in PRECISIONS},
+        goals=dict.fromkeys(PRECISIONS, goal),
     )
     return _against_pythae(found, options, folder, images=images, own=[f"data.global_batch={batch}"])
 
@@ -45,7 +44,7 @@ def iwae50(options: argparse.Namespace, folder: str) -> Found:
         case="iwae50",
         title=f"The same as IWAE, k = {IMPORTANCE_SAMPLES}, batch 20",
         peer="pythae",
-        goals={name: 5.0 for name in PRECISIONS},
+        goals=dict.fromkeys(PRECISIONS, 5.0),
     )
     own = ["data.global_batch=20", "objective.bound=iwae", f"objective.samples={IMPORTANCE_SAMPLES}"]
     return _against_pythae(found, options, folder, images=400, own=own)
@@ -63,7 +62,7 @@ def _against_pythae(found: Found, options: argparse.Namespace, folder: str, *, i
     peer = dense_peer(copy.deepcopy(scorer.vae), importance_samples=samples if samples > 1 else 0)
     with paced(jobs, images=images) as passes:
         theirs = epochs(peer, binary, batch=batch, folder=f"{folder}/pythae")
-        return found.measure({found.peer: theirs, **passes}, rounds=options.rounds)
+        return found.measure({found.peer: theirs, **passes}, options)
 
 
 def prove_equal(scorer: NegativeELBO, job: JobConfig, inputs: Tensor) -> list[str]:

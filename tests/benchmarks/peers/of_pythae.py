@@ -13,6 +13,7 @@ try:
     from pythae.models import IWAE, VAE, IWAEConfig, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.models.nn.benchmarks.cifar import Decoder_Conv_AE_CIFAR, Encoder_Conv_VAE_CIFAR
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
     from pythae.trainers.training_callbacks import CallbackHandler, TrainingCallback
 except ImportError as error:
@@ -47,6 +48,12 @@ def dense_peer(vae: DenseVAE, *, importance_samples: int = 0) -> Any:
     if importance_samples:
         return IWAE(IWAEConfig(**sizes, number_samples=importance_samples), **parts)
     return VAE(VAEConfig(**sizes), **parts)
+
+
+def cifar_peer(*, latent: int) -> Any:
+    """pythae's VAE with its own convolutional networks for CIFAR."""
+    config = VAEConfig(input_dim=(3, 32, 32), latent_dim=latent, reconstruction_loss="bce")
+    return VAE(config, encoder=Encoder_Conv_VAE_CIFAR(config), decoder=Decoder_Conv_AE_CIFAR(config))
 
 
 def with_noise(model: Any, eps: Tensor) -> Any:
