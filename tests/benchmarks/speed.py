@@ -110,7 +110,7 @@ def in_fresh_process(name: str) -> Found | None:
 def table(found: Found) -> list[str]:
     lines = [f"**{found.title}** ({len(found.rounds)} rounds)", ""]
     lines += [f"{text[0].upper()}{text[1:]}." for text in found.proofs] + [""]
-    head = ["", "images/s", "images per CPU s", "ratio by the clock", "ratio per CPU s", "first pass, more CPU s"]
+    head = ["", "images/s", "images per CPU s", "ratio by the clock", "ratio per CPU s", "start and compile, CPU s"]
     lines += [line(head), line(["---"] * len(head))]
     for name in found.first:
         rates = [spread([rate(one[name]) for one in found.rounds]).median for rate in (by_clock, by_cpu)]
