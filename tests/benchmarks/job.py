@@ -153,6 +153,7 @@ def run_side(side: str, workers: int, data: str, options: argparse.Namespace) ->
 
 def slope(moments: list[Moment]) -> Rate:
     """By least squares: reports come about once a second, and not quite on time."""
+    assert len(moments) >= 5, f"only {len(moments)} reports came: raise --seconds"
     images, clock, cpu = np.array(moments, dtype=np.float64).T
     return Rate(np.polyfit(clock, images, 1)[0], np.polyfit(cpu, images, 1)[0])
 

@@ -69,12 +69,14 @@ def settings(options: argparse.Namespace, *own: str) -> vaejob.JobConfig:
 
 @contextlib.contextmanager
 def paced(jobs: Mapping[str, vaejob.JobConfig], *, images: int) -> Iterator[dict[str, PacedJob]]:
+    """Jobs that stand still afterwards, for the process to end with: their last checkpoints are not waited for."""
     passes = {name: PacedJob(job, images=images) for name, job in jobs.items()}
     try:
         yield passes
-    finally:
+    except BaseException:
         for each in passes.values():
             each.end()
+        raise
 
 
 def pack_pictures(folder: str, *, images: int, side: int = 32) -> np.ndarray:
