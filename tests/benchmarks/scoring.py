@@ -90,36 +90,11 @@ def trained(train: str, test: str, folder: str, options: argparse.Namespace) -> 
 
 def peer_model(model: LoadedModel) -> Any:
     """pythae's VAE around our modules."""
-    try:
-        from pythae.models import VAE, VAEConfig
-        from pythae.models.base.base_utils import ModelOutput
-        from pythae.models.nn import BaseDecoder, BaseEncoder
-    except ImportError as error:
-        raise SystemExit(
-            f"the peer is not installed ({error}): pip install --no-deps -c tests/benchmarks/peers/constraints.txt pythae"
-        ) from None
+    from tests.benchmarks.peers.of_pythae import dense_peer
+
     vae = model.scorer.vae
     assert isinstance(vae, DenseVAE)
-
-    class Encoder(BaseEncoder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.hidden, self.posterior = vae.encoder, vae.posterior
-
-        def forward(self, x: Tensor) -> Any:
-            mean, log_std = self.posterior(self.hidden(x.flatten(1))).chunk(2, dim=1)
-            return ModelOutput(embedding=mean, log_covariance=2 * log_std)
-
-    class Decoder(BaseDecoder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.hidden, self.output = vae.decoder, vae.output
-
-        def forward(self, z: Tensor) -> Any:
-            return ModelOutput(reconstruction=self.output(self.hidden(z)).sigmoid().view(len(z), 1, 28, 28))
-
-    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=vae.latent_shape[0], reconstruction_loss="bce")
-    return VAE(config, encoder=Encoder(), decoder=Decoder()).eval()
+    return dense_peer(vae).eval()
 
 
 def binary(data: DataSet) -> Tensor:

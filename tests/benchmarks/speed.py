@@ -1,0 +1,162 @@
+"""How fast a step is: ours beside what others publish, whole training loops with their loading, in one run.
+
+    python tests/benchmarks/speed.py [--only CASE ...] [--rounds 9] [--minutes 2] [--eager] [--data ADDRESS] [--json FILE] [--readme]
+                                     [--set KEY=VALUE ...]
+
+Each case is a fresh process with one thread. First it proves that both do equal work: the same weights and noise give the
+same loss and gradient. Then both train in turns, each in every round once, in random order. Figures are images per CPU
+second of the whole process (all of its threads) and by the clock, medians over rounds; ratios are taken within a round, and
+stand with the 95 % interval of their median. A goal is met only if the interval's lower end meets it.
+
+Ours is the whole job (`vaejob.train`) in this process: shards read, checked and mixed, noise that belongs to the image, exact
+totals, reports. Starting, compiling and the last checkpoint are outside the passes; what the first pass took more is stated.
+pythae is its own trainer and loader; for VDVAE_DIR, a clone of github.com/openai/vdvae, its published step with a fused AdamW
+in apex's place and neither MPI nor DDP. A peer that is not there is said to be missing, and its case has no table.
+
+    python tests/benchmarks/scoring.py      held-out likelihood against pythae's get_nll (the case nll is its table)
+    python tests/benchmarks/job.py          the whole job on a cluster against the bare step
+    python tests/benchmarks/growth.py       how cost grows
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from tests.benchmarks.cases.case import Found
+from tests.benchmarks.paired import Cost, Spread, spread
+from tests.benchmarks.peers.tables import around_markers, line, write_between_markers
+
+ROOT = Path(__file__).parents[2]
+README, BEGIN = ROOT / "README.md", "<!-- speed benchmark -->"
+CASES = {
+    "mlp100": "dense",
+    "mlp20": "dense",
+    "iwae50": "dense",
+    "conv": "conv",
+    "hierarchical": "ladder",
+    "mixture": "mixture",
+    "nll": "nll",
+}
+"""The module of tests/benchmarks/cases/ that each is a function of."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES)
+    )
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument(
+        "--minutes", type=float, default=2.0, help="of rounds, for each case: fewer rounds if they take longer"
+    )
+    arguments.add_argument("--eager", action="store_true", help="without what is compiled, which takes minutes")
+    arguments.add_argument("--data", help="address of packed 28x28 images; default: scikit-learn's digits, enlarged")
+    arguments.add_argument("--json", type=Path, help="a file for every single pass")
+    arguments.add_argument("--readme", action="store_true", help="write the tables into README.md, between its markers")
+    arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of our jobs")
+    arguments.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # one case, in this process, into this file
+    options = arguments.parse_args()
+    if options.here:
+        torch.set_num_threads(1)
+        (name,) = options.only
+        with tempfile.TemporaryDirectory() as folder:
+            getattr(import_module(f"tests.benchmarks.cases.{CASES[name]}"), name)(options, folder)
+        sys.stdout.flush()
+        os._exit(0)  # the threads of jobs that stand still are not waited for
+    if options.readme:
+        around_markers(README, begin=BEGIN)  # before minutes of work
+    found = [case for name in options.only if (case := in_fresh_process(name)) is not None]
+    report = "\n".join([machine_line(), "", *(text for case in found for text in table(case))])
+    print(f"\n{report}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine_line(), "cases": [asdict(case) for case in found]}))
+    if options.readme:
+        write_between_markers(README, report, begin=BEGIN)
+
+
+def in_fresh_process(name: str) -> Found | None:
+    """None where it did not come to a round; it has said why."""
+    kept = [argument for argument in sys.argv[1:] if argument != "--readme"]
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "found.json"
+        command = [sys.executable, __file__, *kept, "--only", name, "--here", str(answer)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        if subprocess.run(command, env=environment).returncode:
+            print(f"{name}: did not end well", flush=True)
+        if not answer.exists():
+            return None
+        return Found.from_dict(json.loads(answer.read_text()))
+
+
+def table(found: Found) -> list[str]:
+    lines = [f"**{found.title}** ({len(found.rounds)} rounds)", ""]
+    lines += [f"{text[0].upper()}{text[1:]}." for text in found.proofs] + [""]
+    head = ["", "images/s", "images per CPU s", "ratio by the clock", "ratio per CPU s", "start and compile, CPU s"]
+    lines += [line(head), line(["---"] * len(head))]
+    for name in found.first:
+        rates = [spread([rate(one[name]) for one in found.rounds]).median for rate in (by_clock, by_cpu)]
+        cells = [name, *(f"{rate:,.{1 if rate < 100 else 0}f}" for rate in rates)]
+        cells += [str(ratio(found, name, by_clock)), str(ratio(found, name, by_cpu)), f"{warm_up(found, name):.1f}"]
+        lines.append(line(cells))
+    lines.append("")
+    for name, bound in found.goals.items():
+        if name not in found.first:
+            continue
+        reached = ratio(found, name, by_cpu)
+        verdict = "met" if reached.least >= bound else "missed"
+        lines.append(f"- {name} / {found.peer} per CPU second: {reached}, goal >= {bound}: {verdict}")
+    return [*lines, *(f"- {note}" for note in found.notes), ""]
+
+
+def by_clock(cost: Cost) -> float:
+    return cost.images / cost.wall_seconds
+
+
+def by_cpu(cost: Cost) -> float:
+    return cost.images / cost.cpu_seconds
+
+
+def ratio(found: Found, name: str, rate: Callable[[Cost], float]) -> Spread:
+    return spread([rate(one[name]) / rate(one[found.peer]) for one in found.rounds])
+
+
+def warm_up(found: Found, name: str) -> float:
+    return found.first[name].cpu_seconds - spread([one[name].cpu_seconds for one in found.rounds]).median
+
+
+def machine_line() -> str:
+    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.strip()}, {processor()}, {os.cpu_count()} cores, one thread, load {load}; "
+        f"torch {version('torch')}, Python {platform.python_version()}."
+    )
+
+
+def processor() -> str:
+    named = [text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")]
+    extras = " with AMX" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else ""
+    return (named[0].partition(":")[2].strip() if named else platform.machine()) + extras
+
+
+if __name__ == "__main__":
+    main()
