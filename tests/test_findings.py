@@ -135,7 +135,7 @@ def test_more_workers_than_lanes_and_batches_larger_than_the_data_are_warned_of(
 @pytest.mark.parametrize(("free", "level"), [(10_000, "ok"), (1000, "warn"), (900, "fail")])
 def test_memory_is_held_against_what_is_free(free: int, level: Level) -> None:
     assert MEMORY.of_batch(40) == 100 + 100 + 200 + 100 + 50 + 400
-    found = room.of_memory(MEMORY, images=40, free=free, where="here")
+    found = room.of_memory(MEMORY, images=40, resident=0, free=free, where="here")
     assert found.level == level
     assert "950 B" in found.found
     assert room.of_host_memory(reader=450, state=500, free=free).level == level

@@ -60,6 +60,9 @@ class DataConfig(Section):
     """Folder on each node's disk where its workers keep row groups that they have fetched; without it nothing is kept."""
     cache_bytes: int = Field(default=64 << 30, ge=1)
     """Most bytes the folder of cache_dir may hold, those of other data sets included."""
+    resident_bytes: int = Field(default=0, ge=0)
+    """Most bytes that the unpacked training images may take on each worker's device, to be kept there from the end of the
+    first epoch on; larger sets, and with 0 any, are read anew in each epoch."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """fail: the job ends at training images that stay damaged; skip: it goes on without them, counts and names them."""
 
@@ -425,7 +428,7 @@ class JobConfig(Section):
 
 
 # Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
-_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.on_corrupt", "training.report_every_images",
+_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.resident_bytes", "data.on_corrupt", "training.report_every_images",
          "training.evaluate_every_images", "training.compile", "checkpoint.", "cluster.", "deploy.")  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig
-from vaejob.data.ahead import in_background
 from vaejob.data.batches import Batch, DataSet
 from vaejob.data.order import ids_digest
 from vaejob.likelihood.bounds import NegativeELBO
@@ -77,24 +76,6 @@ def train(
 
     writer.finish()
     worker.report(replace(_with_saved(window.report(), writer), last=True))
-
-
-def ready_for(
-    device: torch.device, batches: Generator[Batch, None, None]
-) -> Generator[tuple[Batch, Tensor], None, None]:
-    """Each batch with its images, uint8 [b, C, H, W]; for a GPU, in memory that it reads while the step before goes on.
-
-    Closes the batches when it is closed itself.
-    """
-    pinned = device.type == "cuda"
-
-    def tensors() -> Generator[tuple[Batch, Tensor], None, None]:
-        with closing(batches):
-            for batch in batches:
-                images = torch.from_numpy(batch.images)
-                yield batch, images.pin_memory() if pinned else images
-
-    return in_background(tensors(), depth=1) if pinned else tensors()
 
 
 def _with_saved(report: Report, writer: StateWriter) -> Report:

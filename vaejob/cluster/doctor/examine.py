@@ -19,6 +19,7 @@ from vaejob.errors import BucketError, ClusterError, OutsideError, UserError, Va
 from vaejob.run import run_address
 from vaejob.storage import Bucket
 from vaejob.storage.runs import JOB_KEY, newest_record, read_job, read_rows
+from vaejob.training.resident import resident_bytes
 
 DRIVER = "the driver"
 CLOCK_QUESTIONS = 5
@@ -200,13 +201,15 @@ class Examination:
             return None
         assert isinstance(memory, StepMemory), memory
         free = min(host.memory // self._on_node[host.node] for host in hosts.values())
-        reader = data.reader_bytes(job.data, world_size=workers)
+        reader, resident = data.reader_bytes(job.data, world_size=workers), resident_bytes(data, job)
         if on_gpus:
             on_card = min((host.gpu.free for host in hosts.values() if host.gpu), default=0)
-            yield room.of_memory(memory, images=images, free=on_card, where="on each worker's GPU")
+            yield room.of_memory(memory, images=images, resident=resident, free=on_card, where="on each worker's GPU")
         else:
-            yield room.of_memory(memory, images=images, free=free, where="for each worker of a machine")
-            free = max(0, free - memory.of_batch(images))
+            yield room.of_memory(
+                memory, images=images, resident=resident, free=free, where="for each worker of a machine"
+            )
+            free = max(0, free - memory.of_batch(images) - resident)
         yield room.of_host_memory(reader=reader, state=memory.state // workers, free=free)
         return memory
 
