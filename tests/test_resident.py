@@ -216,9 +216,3 @@ def rank_of_jobs(rank: int, world_size: int, folder: str, jobs: list[JobConfig])
         torch.distributed.barrier()
         work(job, WorkerWithLedger(job, rank=rank, world_size=world_size))
     torch.distributed.destroy_process_group()
-
-
-def test_two_workers_with_resident_images_train_what_they_do_streaming(job_of: Any, tmp_path: Path) -> None:
-    jobs = [job_of("streamed"), job_of("resident", f"data.resident_bytes={BYTES}")]
-    torch.multiprocessing.spawn(rank_of_jobs, args=(2, str(tmp_path), jobs), nprocs=2)
-    assert outcome(f"{tmp_path}/resident") == outcome(f"{tmp_path}/streamed")

@@ -37,6 +37,7 @@ from vaejob.training.beside import LedgerBeside
 from vaejob.training.checkpoint import StateWriter, TrainState, read_state, state_of_first
 from vaejob.training.ledger import Ledger
 from vaejob.training.loop import train
+from vaejob.training.profile import profiled
 from vaejob.training.resident import batches_on_device
 from vaejob.training.stability import Diverged
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
@@ -158,9 +159,11 @@ def _attempt(
         world_size=worker.world_size,
         outage_seconds=job.checkpoint.outage_seconds,
     )
-    with closing(
-        batches_on_device(inputs.train, job, worker, images_seen=state.images_seen)
-    ) as batches:  # however it ends, no thread goes on reading
+    source = batches_on_device(inputs.train, job, worker, images_seen=state.images_seen)
+    with (
+        closing(source) as batches,  # however it ends, no thread goes on reading
+        profiled(job, worker, inputs.run, state.optimizer, attempt=attempt) as profile,
+    ):
         train(
             job,
             worker,
@@ -173,6 +176,7 @@ def _attempt(
             attempt=attempt,
             notes=notes,
             retries_before=retries_before,
+            profile=profile,
         )
 
 

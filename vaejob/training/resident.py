@@ -16,6 +16,7 @@ from vaejob.config import JobConfig
 from vaejob.data.ahead import in_background
 from vaejob.data.batches import Batch, DataSet
 from vaejob.errors import ConfigError
+from vaejob.training.profile import stage
 from vaejob.training.worker import Worker, moved
 
 Ready = Generator[tuple[Batch, Tensor], None, None]
@@ -44,8 +45,9 @@ def batches_on_device(data: DataSet, job: JobConfig, worker: Worker, *, images_s
     kept = Resident(data, worker)
     with closing(_streamed(data, job, worker, images_seen, epoch_ends)) as batches:
         for batch, on_host in batches:
-            images = on_host.to(worker.device, non_blocking=True)
-            kept.keep(batch, images)
+            with stage("copy"):
+                images = on_host.to(worker.device, non_blocking=True)
+                kept.keep(batch, images)
             yield batch, images
     yield from kept.batches(job, images_seen=epoch_ends, read_before=(epoch_began, images_seen))
 

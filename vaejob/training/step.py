@@ -1,11 +1,13 @@
 """One optimisation step: the gradient of the mean objective of the global batch, whatever each rank holds of it."""
 
 import platform
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig, LikelihoodConfig, OptimizerConfig
@@ -14,6 +16,7 @@ from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, objective
 from vaejob.likelihood.pixels import ObservationModel, make_pixels
 from vaejob.model import build_model
 from vaejob.model.noise import Noise, image_noise
+from vaejob.training.profile import stage
 from vaejob.training.stability import GradientGuard
 
 EVALUATION_SEED = 0
@@ -71,18 +74,60 @@ def train_step(
     Without a guard that knows the steps before, the step is skipped only if its gradient is not finite.
     """
     guard = guard or GradientGuard(job.optimizer, device=images.device)
-    noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
-    levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
+    with stage("noise"):
+        noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
+        levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
     own = torch.tensor(ids, device=images.device) if job.objective.own_codes else None
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.training.precision == "bf16"):
-        terms: BoundTerms = model(levels, noise.keys, job.objective, own)
-    objective_nats = objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
-    (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
+    passed = list[tuple[BoundTerms, Float[Tensor, ""]]]()
+    for piece in (pieces := in_pieces(len(ids), job.training.micro_batch)):
+        with summed_later(model) if piece is not pieces[-1] else nullcontext():
+            keys, own_of_piece = noise.keys[piece], None if own is None else own[piece]
+            passed.append(both_passes(model, levels[piece], keys, own_of_piece, job=job, beta=beta, weight=weight))
+    terms, objective_nats = joined(passed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    skipped = guard.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return StepTerms(terms.detach(), objective_nats.detach(), skipped)
+    with stage("guard"):
+        skipped = guard.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    return StepTerms(terms, objective_nats, skipped)
+
+
+def both_passes(
+    model: nn.Module,
+    levels: Tensor,
+    keys: Int64[Tensor, " B"],
+    own: Int64[Tensor, " B"] | None,
+    *,
+    job: JobConfig,
+    beta: float,
+    weight: float,
+) -> tuple[BoundTerms, Float[Tensor, ""]]:
+    """Adds the gradient of weight times the objective; the terms of each image, and the sum of their objective."""
+    bf16 = job.training.precision == "bf16"
+    with stage("forward"), torch.autocast(levels.device.type, torch.bfloat16, enabled=bf16):
+        terms: BoundTerms = model(levels, keys, job.objective, own)
+    objective_nats = objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
+    with stage("backward"):
+        (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
+    return terms.detach(), objective_nats.detach()
+
+
+def in_pieces(images: int, most: int) -> list[slice]:
+    """Of so many images at most, or all together for 0; one of no images where there are none."""
+    return [slice(start, start + most) for start in range(0, images, most)] if most and images else [slice(images)]
+
+
+def summed_later(model: nn.Module) -> AbstractContextManager[None]:
+    """While it is open, gradients add up on the rank alone; those of all ranks are summed in the pass after it."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def joined(passed: Sequence[tuple[BoundTerms, Float[Tensor, ""]]]) -> tuple[BoundTerms, Float[Tensor, ""]]:
+    if len(passed) == 1:
+        return passed[0]
+    columns = zip(*(terms for terms, _ in passed), strict=True)
+    terms = BoundTerms(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    return terms, torch.stack([nats for _, nats in passed]).sum()
 
 
 @torch.no_grad()
