@@ -51,7 +51,8 @@ def weights_after_two_steps(
     scorer = make_scorer(JOB, shape=(1, 4, 4))
     model: nn.Module = scorer
     if world_size > 1:
-        model = nn.parallel.DistributedDataParallel(scorer, gradient_as_bucket_view=True, static_graph=True)
+        static = not micro_batch
+        model = nn.parallel.DistributedDataParallel(scorer, gradient_as_bucket_view=True, static_graph=static)
         model.register_comm_hook(None, counted)
     optimizer = make_optimizer(JOB.optimizer, scorer)
     for epoch in range(2):

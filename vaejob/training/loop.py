@@ -233,8 +233,10 @@ def _compiled(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module
     if worker.world_size == 1:
         return model
     devices = [worker.device] if worker.device.type == "cuda" else None
+    # Of a static graph DDP learns in the first backward pass, and sums the gradients after it, in the midst of the pieces.
+    static = not job.training.micro_batch
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static
     )
 
 
