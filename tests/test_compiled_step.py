@@ -17,7 +17,8 @@ import numpy as np, torch
 if sys.argv[1] != "inductor":
     torch.compile = partial(torch.compile, backend=sys.argv[1])
 from vaejob import load_config
-from vaejob.training.step import CompiledPasses, CompiledScorer, forward, make_scorer, training_noise
+from vaejob.training.passes import CompiledPasses, CompiledScorer, both_passes
+from vaejob.training.step import make_scorer, training_noise
 
 def gradients(model, scorer, job, images, beta):
     ids = np.arange(7, 7 + images)
@@ -25,12 +26,7 @@ def gradients(model, scorer, job, images, beta):
     own = torch.from_numpy(ids) if job.objective.own_codes else None
     levels = torch.randint(scorer.pixels.levels, (images, 1, 8, 8), generator=torch.Generator().manual_seed(images))
     scorer.zero_grad()
-    arguments = levels.to(torch.uint8), keys, own
-    if isinstance(model, CompiledPasses):
-        terms, nats = model(*arguments, beta=beta, weight=0.25)
-    else:
-        terms, nats = forward(model, *arguments, job=job, beta=beta)
-        (nats * 0.25).backward()
+    terms, nats = both_passes(model, levels.to(torch.uint8), keys, own, job=job, beta=beta, weight=0.25)
     assert all(parameter.grad.stride() == parameter.stride() for parameter in scorer.parameters())  # for fused optimisers
     given = [term.detach().clone() for term in (*terms, nats) if term is not None]
     return given + [parameter.grad.clone() for parameter in scorer.parameters()]

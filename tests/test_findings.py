@@ -135,7 +135,7 @@ def test_more_workers_than_lanes_and_batches_larger_than_the_data_are_warned_of(
 @pytest.mark.parametrize(("free", "level"), [(10_000, "ok"), (1000, "warn"), (900, "fail")])
 def test_memory_is_held_against_what_is_free(free: int, level: Level) -> None:
     assert MEMORY.of_batch(40) == 100 + 100 + 200 + 100 + 50 + 400
-    found = room.of_memory(MEMORY, images=40, free=free, where="here")
+    found = room.of_memory(MEMORY, images=40, resident=0, free=free, where="here")
     assert found.level == level
     assert "950 B" in found.found
     assert room.of_host_memory(reader=450, state=500, free=free).level == level
@@ -195,12 +195,14 @@ def test_gradients_that_take_long_to_add_up_are_warned_of() -> None:
 
 def test_the_largest_batch_is_claimed_no_further_than_it_was_tried() -> None:
     steps = tuple(TimedStep(images, seconds=0.1, peak=None) for images in (1, 2, 4))
-    fits, rates = pace.of_curve(Curve(steps, "memory"), configured=4)
-    assert (fits.level, fits.found) == ("ok", "4 images of a worker fit, 8 do not")
+    fits, rates = pace.of_curve(Curve(steps, "memory", refused=5), configured=4)
+    assert (fits.level, fits.found) == ("ok", "4 images of a worker fit, 5 do not")
     assert rates.found.endswith("1: 10, 2: 20, 4: 40")
     assert "no larger" in pace.of_curve(Curve(steps, "time"), configured=64)[0].found
     assert pace.of_curve(Curve(steps, "time"), configured=64)[0].level == "ok"
-    assert pace.of_curve(Curve(steps, "memory"), configured=8)[0].level == "fail"
+    fits, _ = pace.of_curve(Curve(steps, "memory", refused=5), configured=8)
+    assert fits.level == "fail"
+    assert "training.micro_batch=4" in fits.advice
     assert levels(pace.of_curve(Curve((), "memory"), configured=1)) == [("largest batch", "fail")]
 
 

@@ -134,9 +134,12 @@ def test_what_a_step_keeps_grows_with_the_batch_as_estimated(job: JobConfig) -> 
 
 def test_larger_batches_are_tried_until_the_machine_would_be_full(job: JobConfig) -> None:
     memory = estimate_memory(job)
-    per_image = int(0.8 * free_memory()) // 12  # so that 8 images fit, and 16 do not
+    per_image = int(0.8 * free_memory()) // 12  # so that with the weights 11 images fit, and 12 do not
+    pieces = job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 1})})
+    assert estimate_memory(pieces) == memory
     curve = measure_curve(job, memory._replace(per_image=per_image), processes=1)
-    assert ([step.images for step in curve.steps], curve.ended) == ([1, 2, 4, 8], "estimate")
+    assert [step.images for step in curve.steps] == [1, 2, 4, 8, 10, 11]
+    assert (curve.ended, curve.refused) == ("estimate", 12)
     assert all(step.seconds > 0 and step.peak is None for step in curve.steps)
 
 

@@ -12,6 +12,7 @@ import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tests.test_bounds import GaussianDensity, TwoLayers, noise, pictures
 from vaejob.config import ObjectiveConfig, OptimizerConfig, parse_config
@@ -34,15 +35,25 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 4), dtype=np.uint8)
 
 
 def weights_after_two_steps(
-    first: int, end: int, *, world_size: int = 1, settings: dict[str, Any] | None = None
+    first: int, end: int, *, world_size: int = 1, settings: dict[str, Any] | None = None, micro_batch: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Weights of a rank that holds images [first, end) of both batches."""
-    job = JOB.model_copy(update={"objective": ObjectiveConfig(**settings or {})})
+    """Weights of a rank that holds images [first, end) of both batches, and how many sums over the ranks there were."""
+    training = JOB.training.model_copy(update={"micro_batch": micro_batch})
+    job = JOB.model_copy(update={"objective": ObjectiveConfig(**settings or {}), "training": training})
+    sums = 0
+
+    def counted(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal sums
+        sums += 1
+        return allreduce_hook(None, bucket)
+
     torch.set_num_threads(1)
     scorer = make_scorer(JOB, shape=(1, 4, 4))
     model: nn.Module = scorer
     if world_size > 1:
-        model = nn.parallel.DistributedDataParallel(scorer, gradient_as_bucket_view=True, static_graph=True)
+        static = not micro_batch
+        model = nn.parallel.DistributedDataParallel(scorer, gradient_as_bucket_view=True, static_graph=static)
+        model.register_comm_hook(None, counted)
     optimizer = make_optimizer(JOB.optimizer, scorer)
     for epoch in range(2):
         train_step(
@@ -57,25 +68,34 @@ def weights_after_two_steps(
             learning_rate=0.01,
             weight=world_size / len(IDS),
         )
-    return scorer.state_dict()
+    return {**scorer.state_dict(), "sums": torch.tensor(sums)}
 
 
-def one_rank(rank: int, world_size: int, folder: str, settings: dict[str, Any] | None = None) -> None:
+def one_rank(
+    rank: int, world_size: int, folder: str, settings: dict[str, Any] | None = None, micro_batch: int = 0
+) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size
     )
     cuts = {2: [0, 1, 3], 5: [0, 0, 1, 2, 3, 3]}[world_size]  # unequal parts, and ranks that hold nothing
-    weights = weights_after_two_steps(cuts[rank], cuts[rank + 1], world_size=world_size, settings=settings)
+    weights = weights_after_two_steps(
+        cuts[rank], cuts[rank + 1], world_size=world_size, settings=settings, micro_batch=micro_batch
+    )
     torch.save(weights, Path(folder) / f"{world_size}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 5])
-def test_unequal_and_empty_parts_move_the_weights_like_one_rank(world_size: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_rank, args=(world_size, str(tmp_path)), nprocs=world_size)
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 0), (5, 0), (2, 1)])
+def test_unequal_and_empty_parts_move_the_weights_like_one_rank(
+    world_size: int, micro_batch: int, tmp_path: Path
+) -> None:
+    """In one piece or several, of which each rank may have another number: the ranks sum once a step."""
+    torch.multiprocessing.spawn(one_rank, args=(world_size, str(tmp_path), None, micro_batch), nprocs=world_size)
     whole = weights_after_two_steps(0, 3)
+    assert not whole.pop("sums")
     for rank in range(world_size):
         split = torch.load(tmp_path / f"{world_size}-{rank}.pt", weights_only=True)
+        assert split["sums"] == 2
         for name, weight in whole.items():
             torch.testing.assert_close(split[name], weight, rtol=1e-5, atol=1e-6)
 
@@ -85,6 +105,7 @@ def test_several_codes_move_the_weights_alike_on_one_rank_or_more(tmp_path: Path
     torch.multiprocessing.spawn(one_rank, args=(2, str(tmp_path), settings), nprocs=2)
     whole, one_code = weights_after_two_steps(0, 3, settings=settings), weights_after_two_steps(0, 3)
     assert not torch.equal(whole["vae.output.weight"], one_code["vae.output.weight"])
+    whole.pop("sums")
     for rank in range(2):
         split = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
         for name, weight in whole.items():
@@ -112,6 +133,29 @@ def test_gradient_in_several_layers_survives_ddp(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     assert len(plain) == 4
     torch.testing.assert_close(wrapped, plain)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bound": "iwae", "samples": 3, "gradient": "dreg"}])
+def test_pieces_add_up_to_the_batch(settings: dict[str, Any]) -> None:
+    """Weights up to rounding, and the terms of each image in their order: its noise is its own."""
+    whole = weights_after_two_steps(0, 3, settings=settings)
+    for micro_batch in (1, 2, 3, 4):
+        pieces = weights_after_two_steps(0, 3, settings=settings, micro_batch=micro_batch)
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
+    found = []
+    for micro_batch in (0, 2):
+        scorer, training = (
+            make_scorer(JOB, shape=(1, 4, 4)),
+            JOB.training.model_copy(update={"micro_batch": micro_batch}),
+        )
+        job = JOB.model_copy(update={"objective": ObjectiveConfig(**settings), "training": training})
+        found.append(
+            train_step(
+                scorer, make_optimizer(job.optimizer, scorer), torch.from_numpy(IMAGES), IDS, job=job,
+                pixels=scorer.pixels, epoch=0, beta=0.5, learning_rate=0.01, weight=1 / 3,
+            )
+        )  # fmt: skip
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", ["standard", "dreg"])

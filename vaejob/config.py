@@ -60,6 +60,9 @@ class DataConfig(Section):
     """Folder on each node's disk where its workers keep row groups that they have fetched; without it nothing is kept."""
     cache_bytes: int = Field(default=64 << 30, ge=1)
     """Most bytes the folder of cache_dir may hold, those of other data sets included."""
+    resident_bytes: int = Field(default=0, ge=0)
+    """Most bytes that the unpacked training images may take on each worker's device, to be kept there from the end of the
+    first epoch on; larger sets, and with 0 any, are read anew in each epoch."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """fail: the job ends at training images that stay damaged; skip: it goes on without them, counts and names them."""
 
@@ -212,8 +215,14 @@ class TrainingConfig(Section):
     """Images to see in all, over all epochs."""
     precision: Precision = "fp32"
     """bf16: encoder and decoder multiply in bfloat16 while they train; weights, likelihoods and held-out passes stay float32."""
+    micro_batch: int = Field(default=0, ge=0)
+    """Most images that a worker takes through the model at once; its part of a global batch is taken in so many pieces, whose
+    gradients add up before workers exchange them. 0: all at once. [images]"""
     compile: bool = False
     """Compile the training step with torch.compile; the first step then takes minutes, and a C++ compiler."""
+    profile: bool = False
+    """Write what the time of the steps goes into, and a trace of a few of them, to profile/ in the run; a GPU is then waited
+    for after each part of a step."""
     report_every_images: int = Field(default=50_000, ge=1)
     """Images between two rows of training metrics."""
     evaluate_every_images: int = Field(default=0, ge=0)
@@ -431,8 +440,8 @@ class JobConfig(Section):
 
 
 # Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
-_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.on_corrupt", "training.report_every_images",
-         "training.evaluate_every_images", "training.compile", "checkpoint.", "cluster.", "deploy.")  # fmt: skip
+_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.resident_bytes", "data.on_corrupt", "training.report_every_images",
+         "training.evaluate_every_images", "training.micro_batch", "training.compile", "training.profile", "checkpoint.", "cluster.", "deploy.")  # fmt: skip
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), *, source: str = "the configuration") -> JobConfig:

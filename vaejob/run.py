@@ -36,7 +36,9 @@ from vaejob.storage.runs import (
 from vaejob.training.beside import LedgerBeside
 from vaejob.training.checkpoint import StateWriter, TrainState, read_state, state_of_first
 from vaejob.training.ledger import Ledger
-from vaejob.training.loop import ready_for, train
+from vaejob.training.loop import train
+from vaejob.training.profile import profiled
+from vaejob.training.resident import batches_on_device
 from vaejob.training.stability import Diverged
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
 from vaejob.training.worker import Event, Report, Told, Worker, patience_with_images
@@ -150,14 +152,6 @@ def _attempt(
     job: JobConfig, worker: Worker, inputs: Inputs, attempt: str, back: GoBack | None, *, retries_before: Counter[str]
 ) -> None:
     state, notes = _restored(job, worker, inputs, back)
-    batches = inputs.train.training_batches(
-        job.data,
-        seed=job.run.seed,
-        images_seen=state.images_seen,
-        until=job.training.images,
-        rank=worker.rank,
-        world_size=worker.world_size,
-    )
     writer = StateWriter(
         inputs.run,
         attempt=attempt,
@@ -165,12 +159,16 @@ def _attempt(
         world_size=worker.world_size,
         outage_seconds=job.checkpoint.outage_seconds,
     )
-    with closing(ready_for(worker.device, batches)) as ready:  # however it ends, no thread goes on reading
+    source = batches_on_device(inputs.train, job, worker, images_seen=state.images_seen)
+    with (
+        closing(source) as batches,  # however it ends, no thread goes on reading
+        profiled(job, worker, inputs.run, state.optimizer, attempt=attempt) as profile,
+    ):
         train(
             job,
             worker,
             state,
-            batches=ready,
+            batches=batches,
             images_per_epoch=inputs.train.manifest.images,
             dims_per_image=inputs.train.manifest.dims,
             held_out=inputs.test,
@@ -178,6 +176,7 @@ def _attempt(
             attempt=attempt,
             notes=notes,
             retries_before=retries_before,
+            profile=profile,
         )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vaejob.storage.runs import Record
 
 RUNS_AT_ONCE = 8
+RANKS_SHOWN = 4
 LINE_WIDTH = 120
 """Where there is no terminal."""
 
@@ -141,6 +142,8 @@ def _say_everything(run: "Overview", epoch_images: int | None) -> None:
         say(f"{split:<11} {address}{f' ({fingerprint[:12]})' if fingerprint else ''}")
     for split in ("train", "test"):
         _say_newest(run, split)
+    if run.profile:
+        _say_profile(run.profile)
     if run.records:
         table = _table(">checkpoint", "written", ">workers", ">size", "held-out bound")
         for record in run.records:
@@ -191,6 +194,22 @@ def _say_newest(run: "Overview", split: str) -> None:
     ):
         if number:
             say(f"  {number:,} {what} since the report before")
+
+
+def _say_profile(ranks: list[dict[str, Any]]) -> None:
+    """A column for each of the first ranks; all of them are in the JSON."""
+    shown = ranks[:RANKS_SHOWN]
+    say(f"\nprofile of {shown[0]['steps']:,} steps, in ms a step; traces: {shown[0]['trace']}, ...")
+    table = _table("stage", *(f">rank {rank['rank']}" for rank in shown))
+    found = [{row["stage"]: row for row in rank["stages"]} for rank in shown]
+    for name in dict.fromkeys(name for rows in found for name in rows):
+        cells = [
+            f"{1e3 * rows[name]['seconds_per_step']:,.2f} {rows[name]['share']:6.1%}" if name in rows else ""
+            for rows in found
+        ]
+        table.add_row(name, *cells)
+    table.add_row("in all", *(f"{1e3 * rank['seconds_per_step']:,.2f} {1:6.1%}" for rank in shown))
+    _print(table)
 
 
 def _bound(run: "Overview", record: "Record") -> str:

@@ -22,6 +22,7 @@ from vaejob.storage.runs import (
     newest_record,
     parse_rows,
     read_job,
+    read_profile,
     read_record,
     read_rows,
     recorded_images,
@@ -43,6 +44,8 @@ class Overview(NamedTuple):
     """Every start of the job, oldest first."""
     problems: list[str]
     """A line for each checkpoint that is damaged."""
+    profile: list[dict[str, Any]]
+    """Where the time of each rank's steps went; empty without training.profile."""
 
     @property
     def images_seen(self) -> int:
@@ -82,7 +85,8 @@ def look_at(address: str, *, whole_history: bool) -> Overview:
             continue  # it was tidied away since it was listed
     rows = read_rows(run) if whole_history else _last_report(run)
     attempts = [key.removeprefix("attempts/").removesuffix(".yaml") for key in run.keys("attempts/")]
-    return Overview(run.url, job, newest, records, rows, attempts, problems)
+    profile = read_profile(run) if whole_history else []
+    return Overview(run.url, job, newest, records, rows, attempts, problems, profile)
 
 
 def training_images(overview: Overview) -> int | None:
@@ -253,6 +257,7 @@ def everything(run: Overview, epoch_images: int | None) -> dict[str, Any]:
         "train": _speed_and_numbers(run, "train"),
         "held_out": _speed_and_numbers(run, "test"),
         "fingerprints": {name: fingerprint for name, _, fingerprint in data_sets(run)},
+        "profile": run.profile,
         "attempts": run.attempts,
         "problems": run.problems,
     }

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     ids: np.ndarray
     """Sample ids, int64 [b], ascending; b may be 0."""
     images: np.ndarray
-    """uint8 [b, C, H, W]."""
+    """uint8 [b, C, H, W]; none of them where they lie on the device already."""
     missing: int = 0
     """Images of this rank's part that are damaged and were left out, which data.on_corrupt=skip allows."""
     notes: tuple[str, ...] = ()
@@ -54,11 +54,14 @@ class DataSet:
         """Rows of every row group, in order; shape [row groups], int64."""
         return self.row_groups["rows"].astype(np.int64)
 
-    def training_batches(
-        self, config: DataConfig, *, seed: int, images_seen: int, until: int, rank: int = 0, world_size: int = 1
-    ) -> Generator[Batch, None, None]:
-        """The rank's batches after `images_seen` images of the whole job, until `until`; threads read until it is closed."""
-        plan = RankPlan(
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of all its images, as uint8."""
+        return self.manifest.images * self.manifest.dims
+
+    def plan(self, config: DataConfig, *, seed: int, rank: int = 0, world_size: int = 1) -> RankPlan:
+        """Which images make up each of the rank's batches."""
+        return RankPlan(
             row_group_rows=self.row_group_rows,
             global_batch=config.global_batch,
             lanes=config.lanes,
@@ -67,6 +70,12 @@ class DataSet:
             rank=rank,
             world_size=world_size,
         )
+
+    def training_batches(
+        self, config: DataConfig, *, seed: int, images_seen: int, until: int, rank: int = 0, world_size: int = 1
+    ) -> Generator[Batch, None, None]:
+        """The rank's batches after `images_seen` images of the whole job, until `until`; threads read until it is closed."""
+        plan = self.plan(config, seed=seed, rank=rank, world_size=world_size)
         cache = self._cache(config)
         groups = RowGroups(self.bucket, self.manifest, self.row_groups, cache=cache, patience=self.patience)
         held, skip = self._groups_held(config, world_size=world_size), config.on_corrupt == "skip"

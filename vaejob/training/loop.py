@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig
-from vaejob.data.ahead import in_background
 from vaejob.data.batches import Batch, DataSet
 from vaejob.data.order import ids_digest
 from vaejob.likelihood.bounds import NegativeELBO
@@ -19,16 +18,11 @@ from vaejob.metrics import LikelihoodTotals, RunningTotals
 from vaejob.storage.retry import retries_so_far
 from vaejob.training.checkpoint import StateWriter, TrainState
 from vaejob.training.evaluate import evaluate
+from vaejob.training.passes import CompiledPasses, CompiledScorer, usual_sizes
+from vaejob.training.profile import Profile, stage
 from vaejob.training.schedule import average_share, beta, due, learning_rate
 from vaejob.training.stability import diverged, refuse_to_go_on, replica_checksum
-from vaejob.training.step import (
-    CompiledPasses,
-    CompiledScorer,
-    StepTerms,
-    move_average,
-    require_compiler,
-    train_step,
-)
+from vaejob.training.step import StepTerms, move_average, require_compiler, train_step
 from vaejob.training.worker import Report, Worker, moved, take_waited
 
 Item = TypeVar("Item")
@@ -47,6 +41,7 @@ def train(
     attempt: str,
     notes: tuple[str, ...] = (),
     retries_before: Counter[str],
+    profile: Profile | None = None,
 ) -> None:
     """Trains until job.training.images are seen or the job is asked to stop; either way a checkpoint is the end.
 
@@ -61,47 +56,38 @@ def train(
         state.images_seen = batch.place.epoch * images_per_epoch + batch.place.stop
         rate = state.guard.rate_factor * learning_rate(job.optimizer, images_seen=before, images=job.training.images)
         terms = _step(job, worker, state, model, batch, images, before=before, learning_rate=rate)
-        window.add(terms, batch)  # stays on the device
+        with stage("totals"):
+            window.add(terms, batch)  # stays on the device
         moved(state.images_seen)
-        now, stop = due(job, before=before, after=state.images_seen), worker.should_stop()
+        with stage("communication"):
+            now, stop = due(job, before=before, after=state.images_seen), worker.should_stop()
         if not now.report and not stop:
             continue
 
-        report = window.report(learning_rate=rate)
+        with stage("report"):
+            report = window.report(learning_rate=rate)
         finished = state.images_seen >= job.training.images
         if diverged(report, last=finished):
             writer.finish()
             worker.report(_with_saved(report, writer))
             refuse_to_go_on(report)
         if stop or finished or (now.save and not report.non_finite_in_a_row):  # nobody wants to go back to the brink
-            writer.save(state.images_seen, state.tensors())
+            with stage("checkpoint"):
+                writer.save(state.images_seen, state.tensors())
         if now.evaluate and held_out is not None:
-            report = replace(report, held_out=_held_out(job, worker, state, held_out))
-        worker.report(_with_saved(report, writer))
-        window.restart()
+            with stage("held-out"):
+                report = replace(report, held_out=_held_out(job, worker, state, held_out))
+        with stage("report"):
+            worker.report(_with_saved(report, writer))
+            window.restart()
         if stop:
             break
 
-    writer.finish()
-    worker.report(replace(_with_saved(window.report(), writer), last=True))
-
-
-def ready_for(
-    device: torch.device, batches: Generator[Batch, None, None]
-) -> Generator[tuple[Batch, Tensor], None, None]:
-    """Each batch with its images, uint8 [b, C, H, W]; for a GPU, in memory that it reads while the step before goes on.
-
-    Closes the batches when it is closed itself.
-    """
-    pinned = device.type == "cuda"
-
-    def tensors() -> Generator[tuple[Batch, Tensor], None, None]:
-        with closing(batches):
-            for batch in batches:
-                images = torch.from_numpy(batch.images)
-                yield batch, images.pin_memory() if pinned else images
-
-    return in_background(tensors(), depth=1) if pinned else tensors()
+    with stage("checkpoint"):
+        writer.finish()
+    report = _with_saved(window.report(), writer)
+    found = profile.finish() if profile else ()
+    worker.report(replace(report, last=True, notes=(*report.notes, *found)))
 
 
 def _with_saved(report: Report, writer: StateWriter) -> Report:
@@ -147,7 +133,8 @@ class Window:
         source = iter(batches)
         while True:
             asked = time.perf_counter()
-            batch = next(source, None)
+            with stage("data wait"):
+                batch = next(source, None)
             self._got_batch = time.perf_counter()
             self._waited_seconds += self._got_batch - asked
             if batch is None:
@@ -211,10 +198,12 @@ def _step(
     learning_rate: float,
 ) -> StepTerms:
     """One batch: the weights move, and the averaged ones follow them."""
+    with stage("copy"):
+        images = images.to(worker.device, non_blocking=True)
     terms = train_step(
         model,
         state.optimizer,
-        images.to(worker.device, non_blocking=True),
+        images,
         batch.ids,
         job=job,
         pixels=state.scorer.pixels,
@@ -226,7 +215,8 @@ def _step(
     )
     if state.averaged is not None:
         share = average_share(job.optimizer, before=before, after=state.images_seen)
-        move_average(state.averaged, state.scorer, share=share, skipped=terms.skipped)
+        with stage("average"):
+            move_average(state.averaged, state.scorer, share=share, skipped=terms.skipped)
     return terms
 
 
@@ -237,13 +227,14 @@ def _trained(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module 
         require_compiler("training.compile is true", otherwise="set training.compile=false")
         if worker.world_size == 1 and job.objective.gradient == "standard":
             return CompiledPasses(scorer, job)
-        least, rest = divmod(job.data.global_batch, worker.world_size)
-        model = CompiledScorer(scorer, sizes={least, least + bool(rest)})
+        model = CompiledScorer(scorer, sizes=usual_sizes(job, world_size=worker.world_size))
     if worker.world_size == 1:
         return model
     devices = [worker.device] if worker.device.type == "cuda" else None
+    # Of a static graph DDP learns in the first backward pass, and sums the gradients after it, in the midst of the pieces.
+    static = not job.training.micro_batch
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static
     )
 
 

@@ -1,20 +1,23 @@
 """One optimisation step: the gradient of the mean objective of the global batch, whatever each rank holds of it."""
 
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vaejob.config import JobConfig, LikelihoodConfig, ObjectiveConfig, OptimizerConfig
+from vaejob.config import JobConfig, LikelihoodConfig, OptimizerConfig
 from vaejob.errors import ConfigError
-from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, draws, objective
+from vaejob.likelihood.bounds import BoundTerms, NegativeELBO
 from vaejob.likelihood.pixels import ObservationModel, make_pixels
 from vaejob.model import build_model
 from vaejob.model.noise import Noise, image_noise
+from vaejob.training.passes import CompiledPasses, both_passes
+from vaejob.training.profile import stage
 from vaejob.training.stability import GradientGuard
 
 EVALUATION_SEED = 0
@@ -53,24 +56,8 @@ def draw_levels(
     return pixels.to_levels(images, noise)
 
 
-def forward(
-    model: nn.Module,
-    levels: Tensor,
-    keys: Int64[Tensor, " B"],
-    own: Int64[Tensor, " B"] | None,
-    *,
-    job: JobConfig,
-    beta: float | Float[Tensor, ""],
-    drawn: Mapping[int, Tensor] | None = None,
-) -> tuple[BoundTerms, Float[Tensor, ""]]:
-    """The terms of each image, and the sum of their objective."""
-    with torch.autocast(levels.device.type, torch.bfloat16, enabled=job.training.precision == "bf16"):
-        terms: BoundTerms = model(levels, keys, job.objective, own, drawn)
-    return terms, objective(terms, beta=beta, free_bits_nats=job.objective.free_bits_nats).sum()
-
-
 def train_step(
-    model: "nn.Module | CompiledPasses",
+    model: nn.Module | CompiledPasses,
     optimizer: torch.optim.Optimizer,
     images: UInt8[Tensor, "B C H W"],
     ids: np.ndarray,
@@ -88,90 +75,42 @@ def train_step(
     Without a guard that knows the steps before, the step is skipped only if its gradient is not finite.
     """
     guard = guard or GradientGuard(job.optimizer, device=images.device)
-    noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
-    levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
+    with stage("noise"):
+        noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
+        levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
     own = torch.tensor(ids, device=images.device) if job.objective.own_codes else None
-    if isinstance(model, CompiledPasses):
-        terms, objective_nats = model(levels, noise.keys, own, beta=beta, weight=weight)
-    else:
-        terms, objective_nats = forward(model, levels, noise.keys, own, job=job, beta=beta)
-        (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
+    passed = list[tuple[BoundTerms, Float[Tensor, ""]]]()
+    for piece in (pieces := in_pieces(len(ids), job.training.micro_batch)):
+        with summed_later(model) if piece is not pieces[-1] else nullcontext():
+            keys, own_of_piece = noise.keys[piece], None if own is None else own[piece]
+            passed.append(both_passes(model, levels[piece], keys, own_of_piece, job=job, beta=beta, weight=weight))
+    terms, objective_nats = joined(passed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    skipped = guard.step(optimizer)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-    return StepTerms(terms.detach(), objective_nats.detach(), skipped)
+    with stage("guard"):
+        skipped = guard.step(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+    return StepTerms(terms, objective_nats, skipped)
 
 
-class CompiledScorer(nn.Module):
-    """A scorer for DDP: full batches go through a compiled graph, for which the codes' noise is drawn beforehand.
-
-    A batch of another size, such as the last of an epoch, is not worth compiling anew for.
-    """
-
-    def __init__(self, scorer: NegativeELBO, *, sizes: Collection[int]) -> None:
-        super().__init__()
-        self.scorer, self._sizes = scorer, sizes
-        self._graph = torch.compile(scorer, dynamic=False)
-
-    def forward(
-        self,
-        levels: Tensor,
-        keys: Int64[Tensor, " B"],
-        config: ObjectiveConfig,
-        own: Int64[Tensor, " B"] | None,
-        drawn: None,
-    ) -> BoundTerms:
-        graph = self._graph if len(levels) in self._sizes else self.scorer
-        terms: BoundTerms = graph(levels, keys, config, own, draws(self.scorer.vae, keys, config, own))
-        return terms
+def in_pieces(images: int, most: int) -> list[slice]:
+    """Of so many images at most, or all together for 0; one of no images where there are none."""
+    return [slice(start, start + most) for start in range(0, images, most)] if most and images else [slice(images)]
 
 
-class CompiledPasses:
-    """Forward and backward pass of a single process in one compiled graph; other sizes of batches as CompiledScorer does."""
+def summed_later(model: nn.Module | CompiledPasses) -> AbstractContextManager[None]:
+    """While it is open, gradients add up on the rank alone; those of all ranks are summed in the pass after it."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
-    def __init__(self, scorer: NegativeELBO, job: JobConfig) -> None:
-        self._scorer, self._job = scorer, job
-        self._parameters = tuple(scorer.parameters())
-        self._graph = torch.compile(self._passes, dynamic=False)
-        self._compiled = False
 
-    def __call__(
-        self, levels: Tensor, keys: Int64[Tensor, " B"], own: Int64[Tensor, " B"] | None, *, beta: float, weight: float
-    ) -> tuple[BoundTerms, Float[Tensor, ""]]:
-        """As `forward`; the parameters then hold the gradient of weight times the objective."""
-        full = len(levels) == self._job.data.global_batch
-        # As tensors: a graph would be made for each value of a number.
-        beta_there, weight_there = (torch.full((), value, device=levels.device) for value in (beta, weight))
-        drawn = draws(self._scorer.vae, keys, self._job.objective, own)
-        arguments = levels, keys, own, drawn, beta_there, weight_there
-        if full and not self._compiled:
-            import torch._dynamo.config as tracing  # loads the compiler, which takes seconds
-
-            with tracing.patch(trace_autograd_ops=True):
-                self._graph(*arguments)
-            self._compiled = True
-        terms, objective_nats, gradients = (self._graph if full else self._passes)(*arguments)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            # Fused optimisers go through the memory of both in one order.
-            alike = gradient.stride() == parameter.stride()
-            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
-        return terms, objective_nats
-
-    def _passes(
-        self,
-        levels: Tensor,
-        keys: Int64[Tensor, " B"],
-        own: Int64[Tensor, " B"] | None,
-        drawn: Mapping[int, Tensor],
-        beta: Float[Tensor, ""],
-        weight: Float[Tensor, ""],
-    ) -> tuple[BoundTerms, Float[Tensor, ""], tuple[Tensor, ...]]:
-        terms, objective_nats = forward(self._scorer, levels, keys, own, job=self._job, beta=beta, drawn=drawn)
-        gradients = torch.autograd.grad(objective_nats * weight, self._parameters)
-        return terms.detach(), objective_nats.detach(), gradients
+def joined(passed: Sequence[tuple[BoundTerms, Float[Tensor, ""]]]) -> tuple[BoundTerms, Float[Tensor, ""]]:
+    if len(passed) == 1:
+        return passed[0]
+    columns = zip(*(terms for terms, _ in passed), strict=True)
+    terms = BoundTerms(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    return terms, torch.stack([nats for _, nats in passed]).sum()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from vaejob.errors import BucketError, ClusterError, OutsideError, UserError, Va
 from vaejob.run import run_address
 from vaejob.storage import Bucket
 from vaejob.storage.runs import JOB_KEY, newest_record, read_job, read_rows
+from vaejob.training.resident import resident_bytes
 
 DRIVER = "the driver"
 CLOCK_QUESTIONS = 5
@@ -200,13 +201,16 @@ class Examination:
             return None
         assert isinstance(memory, StepMemory), memory
         free = min(host.memory // self._on_node[host.node] for host in hosts.values())
-        reader = data.reader_bytes(job.data, world_size=workers)
+        reader, resident = data.reader_bytes(job.data, world_size=workers), resident_bytes(data, job)
+        at_once = self._at_once(images)
         if on_gpus:
             on_card = min((host.gpu.free for host in hosts.values() if host.gpu), default=0)
-            yield room.of_memory(memory, images=images, free=on_card, where="on each worker's GPU")
+            yield room.of_memory(memory, images=at_once, resident=resident, free=on_card, where="on each worker's GPU")
         else:
-            yield room.of_memory(memory, images=images, free=free, where="for each worker of a machine")
-            free = max(0, free - memory.of_batch(images))
+            yield room.of_memory(
+                memory, images=at_once, resident=resident, free=free, where="for each worker of a machine"
+            )
+            free = max(0, free - memory.of_batch(at_once) - resident)
         yield room.of_host_memory(reader=reader, state=memory.state // workers, free=free)
         return memory
 
@@ -221,7 +225,7 @@ class Examination:
         if measures.steps:
             processes = self._on_node[self._hosts[self._workers.names[0]].node]
             curve = self._workers.ask(0, step.measure_curve, job=job, memory=memory, processes=processes)
-            yield from pace.of_curve(curve, configured=images)
+            yield from pace.of_curve(curve, configured=self._at_once(images))
             steps = self._workers.each(step.timed_step, [{"job": job, "images": images}] * self._world)
             sync = pace.seconds_to_sum(slowest, memory.gradients) if slowest else 0.0
             found, speed = pace.of_steps(steps, global_batch=job.data.global_batch, sync_seconds=sync)
@@ -255,6 +259,10 @@ class Examination:
             "on_gpu": self._job.cluster.gpus_per_worker > 0,
         }
         return self._workers.each(network.sum_together, [{**common, "rank": rank} for rank in range(self._world)])
+
+    def _at_once(self, images: int) -> int:
+        """Of a worker's part of the global batch, what it takes through the model in one piece."""
+        return min(images, self._job.training.micro_batch or images)
 
     @property
     def _on_node(self) -> Counter[str]:

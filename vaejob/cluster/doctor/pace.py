@@ -44,7 +44,7 @@ def seconds_to_sum(summing: Summing, gradients: int) -> float:
 
 
 def of_curve(curve: Curve | Failed, *, configured: int) -> list[Finding]:
-    """The largest power of two of images that fits one worker, and its images/s by batch."""
+    """The largest number of images that fits one worker, and its images/s by batch. configured: that it takes at once."""
     if isinstance(curve, Failed):
         return [of_failure("measured", curve, whose="worker 0", advice="a step of this job fails there the same way")]
     if not curve.steps:
@@ -54,9 +54,9 @@ def of_curve(curve: Curve | Failed, *, configured: int) -> list[Finding]:
     found = f"{largest.images:,} images of a worker fit"
     match curve.ended:
         case "memory":
-            found += f", {2 * largest.images:,} do not"
+            found += f", {curve.refused:,} do not"
         case "estimate":
-            found += f"; {2 * largest.images:,} would not by the estimate, which is not tried on a machine's own memory"
+            found += f"; {curve.refused:,} would not by the estimate, which is not tried on a machine's own memory"
         case "time":
             found += f"; their step takes {duration(largest.seconds)}, and no larger one was tried"
         case "size":
@@ -64,8 +64,8 @@ def of_curve(curve: Curve | Failed, *, configured: int) -> list[Finding]:
     if largest.peak is not None:
         found += f"; {size_of(largest.peak)} in use at most"
     fits = Finding("ok", "largest batch", found)
-    if configured > largest.images and curve.ended in ("memory", "estimate") and configured >= 2 * largest.images:
-        advice = f"set data.global_batch to at most {largest.images} for each worker"
+    if 0 < curve.refused <= configured:
+        advice = f"set training.micro_batch={largest.images}, which changes no result, or a smaller data.global_batch"
         fits = Finding("fail", "largest batch", f"{found}; the job asks for {configured:,}", advice)
     rates = ", ".join(f"{step.images}: {_rate(step.images / step.seconds)}" for step in curve.steps)
     return [fits, Finding("ok", "throughput", f"images/s of one worker alone, by its batch: {rates}")]

@@ -116,11 +116,13 @@ class TimedStep(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Steps of growing batches, up to the last that was tried."""
+    """Steps of growing batches, each in one piece, up to the largest that could be taken."""
 
     steps: tuple[TimedStep, ...]
     ended: Literal["memory", "estimate", "time", "size"]
-    """Why no larger one was tried: it did not fit; by the estimate it would not; it takes too long; there are enough."""
+    """Why there is no larger one: it did not fit; by the estimate it would not; it takes too long; there are enough."""
+    refused: int = 0
+    """Images of the smallest batch that did not fit, or would not by the estimate."""
 
 
 class Summing(NamedTuple):

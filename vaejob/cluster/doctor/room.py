@@ -34,19 +34,24 @@ def of_gpus(gpus: Mapping[str, Gpu | None], *, asked: int) -> list[Finding]:
     return [Finding("ok", "GPUs", f"{counted(len(there), 'GPU')}, one for each worker: {kinds[0]}, {least}")]
 
 
-def of_memory(memory: StepMemory, *, images: int, free: int, where: str) -> Finding:
-    """Whether a rank's batch will fit, by an estimate. free: bytes for one worker."""
-    need = memory.of_batch(images)
+def of_memory(memory: StepMemory, *, images: int, resident: int, free: int, where: str) -> Finding:
+    """Whether a rank's batch will fit, by an estimate.
+
+    images: that a rank takes at once. resident: bytes of training images that stay there. free: bytes for one worker.
+    """
+    need = memory.of_batch(images) + resident
     found = (
-        f"about {size_of(need)} for {counted(images, 'image')} a step, {size_of(free)} free {where}: weights "
+        f"about {size_of(need)} for {counted(images, 'image')} at once, {size_of(free)} free {where}: weights "
         f"{size_of(memory.weights)}, gradients {size_of(memory.gradients)}, moments {size_of(memory.moments)}, "
         f"averaged {size_of(memory.averaged)}, kept for the backward pass "
-        f"{size_of(memory.fixed + memory.per_image * images)}; not counted: what the kernels use in passing, "
+        f"{size_of(memory.fixed + memory.per_image * images)}, resident images {size_of(resident)}; not counted: what the kernels use in passing, "
         "fragments, the CUDA context, torch.compile's changes, the held-out pass"
     )
     if need <= FULL_SHARE * free:
         return Finding("ok", "memory", found)
-    advice = "set a smaller data.global_batch, more workers, or a smaller model; --measure tries what fits"
+    advice = "set a smaller training.micro_batch, more workers, or a smaller model; --measure tries what fits"
+    if resident:
+        advice = f"set data.resident_bytes=0, which streams each epoch, or {advice.removeprefix('set ')}"
     return Finding("fail" if need > free else "warn", "memory", found, advice)
 
 

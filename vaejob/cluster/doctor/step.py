@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def estimate_memory(job: JobConfig) -> StepMemory:
     """Raises ConfigError for a model that does not suit the images."""
-    return Trial(job).memory()
+    return Trial(_in_one_piece(job)).memory()
 
 
 def timed_step(job: JobConfig, *, images: int) -> TimedStep:
@@ -123,18 +124,36 @@ def timed_step(job: JobConfig, *, images: int) -> TimedStep:
 
 
 def measure_curve(job: JobConfig, memory: StepMemory, *, processes: int) -> Curve:
-    """Steps of 1, 2, 4, ... images until they no longer fit. processes: of the job, which share this machine's memory."""
-    on_gpu = job.cluster.gpus_per_worker > 0
-    trial, steps, images = Trial(job), list[TimedStep](), 1
-    while images <= MOST_IMAGES:
-        if not on_gpu and memory.of_batch(images) > FULL_SHARE * free_memory() / processes:
-            return Curve(tuple(steps), "estimate")
+    """Steps of 1, 2, 4, ... images until they no longer fit; then of some between the last two, to know the largest better.
+
+    Each in one piece, whatever training.micro_batch says. processes: of the job, which share this machine's memory.
+    """
+    trial = Trial(_in_one_piece(job))
+    room = math.inf if job.cluster.gpus_per_worker else FULL_SHARE * free_memory() / processes
+    steps, refused = list[TimedStep](), 0
+    ended: Literal["memory", "estimate", "size"] = "size"
+    while images := _next_size(steps, refused):
+        if memory.of_batch(images) > room:
+            refused, ended = images, "estimate"
+            continue
         try:
             steps.append(trial.timed(images))
         except torch.OutOfMemoryError:
+            refused, ended = images, "memory"
             torch.cuda.empty_cache()
-            return Curve(tuple(steps), "memory")
+            continue
         if steps[-1].seconds > LONGEST_STEP_SECONDS / 2:
             return Curve(tuple(steps), "time")
-        images *= 2
-    return Curve(tuple(steps), "size")
+    return Curve(tuple(steps), ended, refused)
+
+
+def _in_one_piece(job: JobConfig) -> JobConfig:
+    return job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 0})})
+
+
+def _next_size(steps: Sequence[TimedStep], refused: int) -> int:
+    """Twice the last, or half way to what was refused until that is within an eighth; 0: enough is known."""
+    fitting = steps[-1].images if steps else 0
+    if not refused:
+        return min(2 * fitting or 1, MOST_IMAGES) if fitting < MOST_IMAGES else 0
+    return (fitting + refused) // 2 if refused - fitting > max(1, fitting // 8) else 0
