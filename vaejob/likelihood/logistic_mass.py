@@ -105,9 +105,8 @@ def mixture(
     bins = Bins(*(each.unsqueeze(1) for each in bins))
     images, _, channels, pixels = bins.x.shape
     n, sizes = components * channels, (images, components, channels, pixels)
-    weights, mean, log_scale, coupling = parameters.split(
-        [components, n, n, parameters.shape[1] - components - 2 * n], 1
-    )
+    rest = parameters.shape[1] - components - 2 * n
+    weights, mean, log_scale, coupling = torch.split(parameters, [components, n, n, rest], dim=1)
     if channels == 3:
         red, green, _ = bins.x.unbind(2)
         coupling = coupling.view(sizes).tanh()
@@ -157,10 +156,11 @@ class _Summed(torch.autograd.Function):
         return nats
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.view(-1, 1, 1, 1).to(gradient.dtype), None, None, None
+        # Rounded last: a weight rounded to bfloat16 would tilt the whole likelihood against the rate.
+        return (gradient * upstream.view(-1, 1, 1, 1)).to(gradient.dtype), None, None, None
 
 
 def _in_pieces(
@@ -178,7 +178,7 @@ def _in_pieces(
         own = planes[images, :, pixels].to(wide).contiguous()
         piece = model(own, Bins(*(each[images, :, pixels] for each in bins)), slopes=slopes)
         nats[images, pixels] = piece.nats
-        if gradient is not None:
+        if gradient is not None and piece.gradient is not None:
             gradient.flatten(2)[images, :, pixels] = piece.gradient
     return nats.sum(1), gradient
 

@@ -10,6 +10,7 @@ parameters over all channels; h, w or _ pixels of the map at hand.
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,9 @@ class HierarchicalVAE(VAE):
             for size, blocks in upward
         )
         self.start = nn.Parameter(torch.zeros(1, width, self.sizes[0], self.sizes[0]))
-        self.down = nn.ModuleList(Rung(width, channels, size, gain=down_gain) for _, _, size in self.code_shapes)
+        self.down: Sequence[Rung] = nn.ModuleList(  # type: ignore[assignment]
+            Rung(width, channels, size, gain=down_gain) for _, _, size in self.code_shapes
+        )
         self.output = _conv(width, output_planes, 1)
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Activations:  # type: ignore[override]
@@ -135,9 +138,11 @@ class Rung(nn.Module):
         else:
             # Both begin with a 1x1 convolution of the same state, so it is one.
             own, others = self.prior.first, self.posterior.first
+            assert own.bias is not None
+            assert others.bias is not None
             weights, biases = (own.weight, others.weight.chunk(2, dim=1)[0]), (own.bias, others.bias)
             known, guess = F.conv2d(F.gelu(state), torch.cat(weights), torch.cat(biases)).chunk(2, dim=1)
-            scales, features = self.prior.after_first(known).split(self.split, dim=1)
+            scales, features = torch.split(self.prior.after_first(known), self.split, dim=1)
             prior, posterior = _bounded(scales), _bounded(self.posterior.after_first(guess + seen))
         z = posterior.sample(eps)
         # As narrow as the network computes, though the ladder starts from a weight.
