@@ -74,6 +74,7 @@ def test_every_family_and_bound_is_one_graph_and_the_same(tmp_path: Path) -> Non
     jobs["mlp, iwae"] = ["objective.bound=iwae", "objective.samples=4"]
     jobs["mlp, dreg"] = ["objective.bound=iwae", "objective.samples=4", "objective.gradient=dreg"]
     jobs["mlp, fixed code"] = ["model.family=decoder-only", "objective.pairing=fixed-code"]
+    jobs["hierarchical, recomputed"] = ["model.recompute=true"]
     jobs["mlp, several codes"] = ["objective.samples=3", "objective.free_bits_nats=0.5"]
     check("aot_eager", jobs, tmp_path)
 

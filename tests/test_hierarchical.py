@@ -15,6 +15,7 @@ from vaejob.config import ModelConfig
 from vaejob.errors import ConfigError
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound, objective
 from vaejob.likelihood.pixels import Bernoulli, DiscretizedLogistic
+from vaejob.model import build_model
 from vaejob.model.gaussian import kl
 from vaejob.model.hierarchical import HierarchicalVAE
 from vaejob.model.noise import Noise, image_noise
@@ -307,3 +308,48 @@ def test_output_starts_at_the_mean_of_each_plane():
     parameters = torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(0))
     vae.set_output_bias(parameters)
     torch.testing.assert_close(vae.output.bias.detach(), parameters.mean((1, 2)))
+
+
+def kept_bytes(work) -> int:
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.nbytes) or one, lambda one: one):
+        work()
+    return sum(kept)
+
+
+@pytest.mark.parametrize("family", ["hierarchical", "conv"])
+def test_recomputed_blocks_give_the_same_gradient_from_less_memory(family):
+    """Bit for bit, in float32 on the CPU; under bfloat16, too, the second pass computes as the first."""
+    settings = {"family": family, "layers": "1x1,4x2,8x3", "width": 16, "channels": [8, 8], "blocks": 3, "latent": 4}
+    levels, keys = binary(4), noise(4).keys
+    for precision in (torch.float32, torch.bfloat16):
+        gradients, kept = [], []
+        for recompute in (False, True):
+            config = ModelConfig(**settings, recompute=recompute)
+            scorer = NegativeELBO(build_model(config, shape=(1, 8, 8), output_planes=1, seed=0), Bernoulli())
+            chance = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in scorer.parameters():  # heads that start at zero would hide what comes before them
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=chance))
+
+            def forward(scorer=scorer, precision=precision) -> Tensor:
+                with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                    return objective(scorer(levels, keys), beta=1.0, free_bits_nats=0.0).sum()
+
+            kept.append(kept_bytes(forward))
+            forward().backward()
+            gradients.append([parameter.grad for parameter in scorer.parameters()])
+        assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+        assert kept[1] < 0.6 * kept[0]
+
+
+def test_posteriors_see_the_state_and_the_map_as_one_convolution_would():
+    vae = build("1x1,4x2,8x1", lively=1.0)
+    state, seen, eps = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4), torch.randn(3, 2, 4, 4)
+    rung = vae.down[1]
+    mean, _ = rung.posterior(torch.cat((state, seen), 1)).chunk(2, dim=1)
+    scales, features = rung.prior(state).split(rung.split, dim=1)
+    layer, after = rung(state, eps, nn.functional.conv2d(nn.functional.gelu(seen), rung.from_map))
+    torch.testing.assert_close(layer.posterior.mean, mean)
+    torch.testing.assert_close(layer.prior.mean, scales[:, :2])
+    torch.testing.assert_close(after, rung.change(state + features + rung.from_code(layer.z)))

@@ -106,6 +106,8 @@ class ModelConfig(Section):
     """hierarchical: channels of each block. [channels]"""
     latent_channels: int = Field(default=16, ge=1)
     """hierarchical: channels of each block's code."""
+    recompute: bool = False
+    """conv, hierarchical: the backward pass computes the inside of each block once more instead of keeping it in memory."""
 
 
 class LikelihoodConfig(Section):
@@ -440,7 +442,7 @@ class JobConfig(Section):
 
 
 # Settings that change where, how fast or how often, but not what is learnt. Data is compared by its own fingerprint.
-_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.resident_bytes", "data.on_corrupt", "training.report_every_images",
+_FREE = ("run.name", "run.bucket", "run.trackers", "data.train", "data.test", "data.prefetch_batches", "data.cache_", "data.resident_bytes", "data.on_corrupt", "model.recompute", "training.report_every_images",
          "training.evaluate_every_images", "training.micro_batch", "training.compile", "training.profile", "checkpoint.", "cluster.", "deploy.")  # fmt: skip
 
 

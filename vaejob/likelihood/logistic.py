@@ -1,28 +1,21 @@
 """Discretised logistics, alone and mixed. Shapes: B images, C H W channels and pixels, M components, P parameters."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vaejob.likelihood.levels import MAX_LOG_SCALE, MIN_LOG_SCALE, GreyLevels, log_one_minus_exp, nearest_level
+from vaejob.likelihood.levels import MAX_LOG_SCALE, MIN_LOG_SCALE, GreyLevels, nearest_level
+from vaejob.likelihood.logistic_mass import Bins, logistic_mass, mixture, single, summed
 from vaejob.model.noise import COMPONENT, PIXELS, Noise
 
 
 def log_mass(mean: Tensor, log_scale: Tensor, levels: Tensor, *, count: int) -> Tensor:
     """Nats of each of `count` levels under a logistic over [-1, 1]; arguments broadcast, the end bins are open."""
-    inverse_scale, top = (-log_scale).exp(), count - 1
-    # The bin of level j is [2j - n, 2j - n + 2] / (n - 1). Neighbours round their common edge alike, so that
-    # what one gains by rounding the other loses.
-    edge = 2 * levels.to(mean.dtype) - count
-    # log(sigma(b) - sigma(a)) = log sigma(b) + log sigma(-a) + log(1 - e^-width), width = b - a
-    below = F.logsigmoid(((edge + 2) / top - mean) * inverse_scale)
-    above = F.logsigmoid((mean - edge / top) * inverse_scale)
-    inside = below + above + log_one_minus_exp(2 / top * inverse_scale)
-    return torch.where(levels == 0, below, torch.where(levels == top, above, inside))
+    return logistic_mass(mean, log_scale, Bins.of(levels, count=count, dtype=mean.dtype), slopes=False).nats
 
 
 def expected_level(mean: Tensor, log_scale: Tensor, *, count: int) -> Tensor:
@@ -41,7 +34,7 @@ class DiscretizedLogistic(GreyLevels):
         return 2 * channels
 
     def log_prob(self, parameters: Float[Tensor, "B P H W"], levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-        return log_mass(*self._split(parameters), levels, count=self.levels).flatten(1).sum(1)
+        return summed(parameters, levels, single, count=self.levels)
 
     def sample(self, parameters: Float[Tensor, "B P H W"], noise: Noise) -> UInt8[Tensor, "B C H W"]:
         mean, log_scale = self._split(parameters)
@@ -85,12 +78,7 @@ class DiscretizedLogisticMixture(GreyLevels):
         return self.components * (1 + 2 * channels + (3 if channels == 3 else 0))
 
     def log_prob(self, parameters: Float[Tensor, "B P H W"], levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-        mixture = self._split(parameters)
-        mean, x = list(mixture.mean.unbind(2)), self.to_inputs(levels).unsqueeze(1).unbind(2)
-        if mixture.coupling is not None:
-            mean = [_coupled(mixture, mean, x[:c], c) for c in range(3)]
-        nats = log_mass(torch.stack(mean, 2), mixture.log_scale, levels.unsqueeze(1), count=self.levels).sum(2)
-        return (mixture.log_weights + nats).logsumexp(1).flatten(1).sum(1)
+        return summed(parameters, levels, partial(mixture, components=self.components), count=self.levels)
 
     def sample(self, parameters: Float[Tensor, "B P H W"], noise: Noise) -> UInt8[Tensor, "B C H W"]:
         mixture = self._split(parameters)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vaejob.config import ModelConfig
 from vaejob.errors import ConfigError
 from vaejob.model.gaussian import Gaussian, gaussian
+from vaejob.model.memory import when_needed
 from vaejob.model.vae import VAE
 
 
@@ -28,10 +29,9 @@ class ConvVAE(VAE):
         flat = math.prod(self.deepest_shape)
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, channels[0], 3, padding=1),
-            *_stage(channels[0], config.blocks),
+            *_stage(channels[0], config),
             *itertools.chain.from_iterable(
-                (nn.Conv2d(m, n, 3, stride=2, padding=1), *_stage(n, config.blocks))
-                for m, n in itertools.pairwise(channels)
+                (nn.Conv2d(m, n, 3, stride=2, padding=1), *_stage(n, config)) for m, n in itertools.pairwise(channels)
             ),
             nn.SiLU(),
         )
@@ -39,10 +39,9 @@ class ConvVAE(VAE):
         self.from_latent = nn.Linear(config.latent, flat)
         upward = itertools.pairwise(channels[::-1])
         self.decoder = nn.Sequential(
-            *_stage(channels[-1], config.blocks),
+            *_stage(channels[-1], config),
             *itertools.chain.from_iterable(
-                (Double(m, n, size), *_stage(n, config.blocks))
-                for (m, n), size in zip(upward, sizes[-2::-1], strict=True)
+                (Double(m, n, size), *_stage(n, config)) for (m, n), size in zip(upward, sizes[-2::-1], strict=True)
             ),
             nn.SiLU(),
         )
@@ -66,14 +65,15 @@ class ConvVAE(VAE):
 class Residual(nn.Module):
     """Starts as the identity: the last convolution is zero."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         last = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(last.weight)
         self.change = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU(), last)
 
     def forward(self, h: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
-        changed: Tensor = h + self.change(h)
+        changed: Tensor = h + when_needed(self.change, h, recompute=self.recompute)
         return changed
 
 
@@ -91,8 +91,8 @@ class Double(nn.Module):
         return doubled[:, :, :height, :width]
 
 
-def _stage(channels: int, blocks: int) -> list[nn.Module]:
-    return [Residual(channels) for _ in range(blocks)]
+def _stage(channels: int, config: ModelConfig) -> list[nn.Module]:
+    return [Residual(channels, recompute=config.recompute) for _ in range(config.blocks)]
 
 
 def level_sizes(channels: list[int], height: int, width: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ parameters over all channels; h, w or _ pixels of the map at hand.
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vaejob.config import ModelConfig
 from vaejob.errors import ConfigError
 from vaejob.model.gaussian import Gaussian, gaussian
+from vaejob.model.memory import channels_last, when_needed
 from vaejob.model.noise import LATENT, Noise
 from vaejob.model.vae import VAE, Inference, Layer
 
@@ -50,6 +52,7 @@ class HierarchicalVAE(VAE):
         super().__init__()
         ladder = _ladder(config.layers, shape=shape)
         width, channels = config.width, config.latent_channels
+        self.recompute = config.recompute
         self.sizes = [size for size, _ in ladder]
         self.code_shapes = [(channels, size, size) for size, blocks in ladder for _ in range(blocks)]
         # VDVAE's encoders have about half as many blocks as their decoders.
@@ -57,10 +60,13 @@ class HierarchicalVAE(VAE):
         up_gain, down_gain = sum(blocks for _, blocks in upward) ** -0.5, len(self.code_shapes) ** -0.5
         self.input = _conv(shape[0], width, 3)
         self.up = nn.ModuleList(
-            nn.Sequential(*(Residual(width, size, gain=up_gain) for _ in range(blocks))) for size, blocks in upward
+            nn.Sequential(*(Residual(width, size, gain=up_gain, recompute=config.recompute) for _ in range(blocks)))
+            for size, blocks in upward
         )
         self.start = nn.Parameter(torch.zeros(1, width, self.sizes[0], self.sizes[0]))
-        self.down = nn.ModuleList(Rung(width, channels, size, gain=down_gain) for _, _, size in self.code_shapes)
+        self.down: Sequence[Rung] = nn.ModuleList(  # type: ignore[assignment]
+            Rung(width, channels, size, gain=down_gain) for _, _, size in self.code_shapes
+        )
         self.output = _conv(width, output_planes, 1)
 
     @property
@@ -69,7 +75,7 @@ class HierarchicalVAE(VAE):
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Activations:  # type: ignore[override]
         """Unlike other families', not yet a Gaussian: a posterior below the top depends on the codes drawn above it."""
-        h: Tensor = self.input(inputs)
+        h: Tensor = self.input(channels_last(inputs))
         maps = []
         for size, blocks in zip(reversed(self.sizes), self.up, strict=True):
             h = blocks(_shrink(h, size))
@@ -92,11 +98,22 @@ class HierarchicalVAE(VAE):
         """With the encoder's map of each size, codes from the posteriors; without any, from the priors."""
         layers: list[Layer] = []
         eps = [noise.normal(stream, shape) for stream, shape in self.streams]
+        seen = self._seen(maps) if maps else [None] * len(eps)
         state = self.start.expand(eps[0].shape[0], -1, -1, -1)
-        for rung, (_, _, size), own in zip(self.down, self.code_shapes, eps, strict=True):
-            layer, state = rung(_grow(state, size), own, maps.get(size))
+        for rung, (_, _, size), own, hint in zip(self.down, self.code_shapes, eps, seen, strict=True):
+            layer, state = when_needed(rung, _grow(state, size), own, hint, recompute=self.recompute)
             layers.append(layer)
         return Inference(tuple(layers), self.output(F.gelu(state)))
+
+    def _seen(self, maps: dict[int, Tensor]) -> list[Tensor]:
+        """What each rung's posterior makes of the encoder's map: one convolution for all rungs of a size."""
+        hints: list[Tensor] = []
+        for size in self.sizes:
+            weights = [
+                rung.from_map for rung, (_, _, own) in zip(self.down, self.code_shapes, strict=True) if own == size
+            ]
+            hints.extend(F.conv2d(F.gelu(maps[size]), torch.cat(weights)).chunk(len(weights), dim=1))
+        return hints
 
 
 class Rung(nn.Module):
@@ -110,13 +127,30 @@ class Rung(nn.Module):
         self.from_code = _conv(channels, width, 1, gain=gain)
         self.change = Residual(width, size, gain=gain)
 
+    @property
+    def from_map(self) -> Float[Tensor, "M D 1 1"]:
+        """The weights by which the posterior's first convolution takes in the encoder's map; the others are for the state."""
+        return self.posterior.first.weight.chunk(2, dim=1)[1]
+
     def forward(
-        self, state: Float[Tensor, "B D h w"], eps: Float[Tensor, "B Z h w"], seen: Float[Tensor, "B D h w"] | None
+        self, state: Float[Tensor, "B D h w"], eps: Float[Tensor, "B Z h w"], seen: Float[Tensor, "B M h w"] | None
     ) -> tuple[Layer, Float[Tensor, "B D h w"]]:
-        scales, features = self.prior(state).split(self.split, dim=1)
-        prior = _bounded(scales)
-        posterior = prior if seen is None else _bounded(self.posterior(torch.cat((state, seen), dim=1)))
+        """seen: the encoder's map by from_map; None draws from the prior."""
+        if seen is None:
+            scales, features = self.prior(state).split(self.split, dim=1)
+            posterior = prior = _bounded(scales)
+        else:
+            # Both begin with a 1x1 convolution of the same state, so it is one.
+            own, others = self.prior.first, self.posterior.first
+            assert own.bias is not None
+            assert others.bias is not None
+            weights, biases = (own.weight, others.weight.chunk(2, dim=1)[0]), (own.bias, others.bias)
+            known, guess = F.conv2d(F.gelu(state), torch.cat(weights), torch.cat(biases)).chunk(2, dim=1)
+            scales, features = torch.split(self.prior.after_first(known), self.split, dim=1)
+            prior, posterior = _bounded(scales), _bounded(self.posterior.after_first(guess + seen))
         z = posterior.sample(eps)
+        # As narrow as the network computes, though the ladder starts from a weight.
+        state = state.to(features.dtype)
         return Layer(posterior, prior, z), self.change(state + features + self.from_code(z))
 
 
@@ -136,16 +170,26 @@ class Bottleneck(nn.Sequential):
             _conv(middle, out_channels, 1, gain=gain),
         )
 
+    @property
+    def first(self) -> nn.Conv2d:
+        return self[1]  # type: ignore[return-value]
+
+    def after_first(self, h: Float[Tensor, "B M h w"]) -> Float[Tensor, "B E h w"]:
+        for module in list(self)[2:]:
+            h = module(h)
+        return h
+
 
 class Residual(nn.Module):
     """gain 1 / sqrt(residual blocks in a row) keeps the variance of their sum from growing with the depth (VDVAE)."""
 
-    def __init__(self, width: int, size: int, *, gain: float) -> None:
+    def __init__(self, width: int, size: int, *, gain: float, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.change = Bottleneck(width, width, width, size, gain=gain)
 
     def forward(self, h: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
-        changed: Tensor = h + self.change(h)
+        changed: Tensor = h + when_needed(self.change, h, recompute=self.recompute)
         return changed
 
 
@@ -176,7 +220,8 @@ def _shrink(h: Float[Tensor, "B D H W"], size: int) -> Float[Tensor, "B D h w"]:
 
 
 def _grow(h: Float[Tensor, "B D h w"], size: int) -> Float[Tensor, "B D H W"]:
-    return h if h.shape[-1] == size else F.interpolate(h, size=(size, size), mode="nearest")
+    grown = h if h.shape[-1] == size else F.interpolate(h, size=(size, size), mode="nearest")
+    return channels_last(grown)
 
 
 def _ladder(layers: str, *, shape: tuple[int, int, int]) -> list[Resolution]:
