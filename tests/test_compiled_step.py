@@ -27,7 +27,7 @@ def gradients(model, scorer, job, images, beta):
     levels = torch.randint(scorer.pixels.levels, (images, 1, 8, 8), generator=torch.Generator().manual_seed(images))
     scorer.zero_grad()
     terms, nats = both_passes(model, levels.to(torch.uint8), keys, own, job=job, beta=beta, weight=0.25)
-    assert all(parameter.grad.stride() == parameter.stride() for parameter in scorer.parameters())  # for fused optimisers
+    assert all(parameter.grad.is_contiguous() for parameter in scorer.parameters())  # in the weights' order in memory
     given = [term.detach().clone() for term in (*terms, nats) if term is not None]
     return given + [parameter.grad.clone() for parameter in scorer.parameters()]
 

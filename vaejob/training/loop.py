@@ -1,6 +1,7 @@
 """The training loop of one rank, top to bottom."""
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -231,6 +232,8 @@ def _trained(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module 
     if worker.world_size == 1:
         return model
     devices = [worker.device] if worker.device.type == "cuda" else None
+    # Of a 1x1 convolution's weights, in whose dimensions of size 1 any stride means the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Of a static graph DDP learns in the first backward pass, and sums the gradients after it, in the midst of the pieces.
     static = not job.training.micro_batch
     return nn.parallel.DistributedDataParallel(

@@ -107,7 +107,7 @@ class CompiledPasses:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(gradient)
-            elif gradient.stride() == parameter.stride():
+            elif gradient.is_contiguous() and parameter.is_contiguous():
                 parameter.grad = gradient
             else:  # fused optimisers go through the memory of both in one order
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
