@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vaejob.config import LikelihoodConfig
 from vaejob.errors import ConfigError
+from vaejob.likelihood.bernoulli import sum_of_log1p
 from vaejob.likelihood.logistic import log_mass
 from vaejob.likelihood.pixels import (
     Bernoulli,
@@ -526,3 +527,12 @@ def test_weights_of_bfloat16_gradients_are_not_rounded():
         (pixels.log_prob(each, levels).sum() / 100).backward()
     ratio = (narrow.grad.double() * wide.grad).sum() / wide.grad.square().sum()
     assert abs(ratio.item() - 1) < 5e-4
+
+
+@pytest.mark.parametrize("pixels", [1, 15, 16, 100, 784])
+def test_logarithms_of_products_are_sums_of_logarithms(pixels):
+    chance = torch.Generator().manual_seed(11)
+    u = torch.rand(50, pixels, generator=chance) ** torch.randint(1, 40, (50, pixels), generator=chance)
+    u[0], u[1] = 0.0, 1.0
+    found, right = sum_of_log1p(u).double(), u.double().log1p().sum(1)
+    assert (found - right).abs().max() <= pixels * 2.0**-24 + 4e-7 * right.max()

@@ -41,10 +41,12 @@ class Noise(NamedTuple):
         size = math.prod(shape)
         hashes = _hashes(self.keys, stream=stream, count=(size + 1) // 2)
         low, high = (hashes & 0xFFFFFFFF).double(), _shift(hashes, 32).double()
-        radius = ((low + 1) * 2.0**-32).log_().mul_(-2).sqrt_()
+        radius = low.add_(1).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = high.mul_(2 * math.pi * 2.0**-32)
-        pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return _cut(pairs.float(), len(self.keys), size, shape)
+        pairs = torch.empty(*hashes.shape, 2, device=hashes.device)
+        torch.mul(radius, angle.cos(), out=pairs[..., 0])
+        torch.mul(radius, angle.sin_(), out=pairs[..., 1])
+        return _cut(pairs, len(self.keys), size, shape)
 
     def uniform(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """[0, 1) in multiples of 2^-24, all of which float32 holds exactly."""
