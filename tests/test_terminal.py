@@ -42,6 +42,17 @@ def test_rows_say_where_the_job_is_and_how_likely_the_images_are(capsys: pytest.
     assert third.endswith("held out 0.36067 ± 0.13525 bits/dim, 4.0000 ± 1.5000 nats, -ELBO of 4 images")
 
 
+def test_an_attempt_that_had_no_checkpoint_is_told_apart_from_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(JOB, quiet=False)
+    totals = LikelihoodTotals(images=4, dims=64, negative_bound_nats=16.0)
+    for attempt in ("a", "a", "b"):
+        told = row(totals, split="train").body | {"attempt": attempt}
+        progress(Event("row", told))
+    lines = capsys.readouterr().out.splitlines()
+    assert [index for index, line in enumerate(lines) if "images  train" not in line] == [2]
+    assert lines[2] == "beginning again, since there was no checkpoint yet"
+
+
 def test_a_bound_that_is_not_finite_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
     Progress(JOB, quiet=False)(row(LikelihoodTotals(images=4, dims=64, non_finite=3), split="test"))
     assert "held out not finite for 3 of 4 images" in capsys.readouterr().out

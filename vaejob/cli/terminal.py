@@ -202,6 +202,8 @@ class Progress:
         started_at = row["attempt_started_at_images"]
         if row["attempt"] != self._attempt and started_at:
             say(f"continuing from the checkpoint at {started_at:,} images")
+        elif self._attempt not in ("", row["attempt"]):
+            say("beginning again, since there was no checkpoint yet")
         self._attempt = row["attempt"]
 
     def _tell_what_is_held_out(self, record: dict[str, Any]) -> None:
