@@ -193,7 +193,9 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), SHOW_CURSOR.encode())  # that a bar hides
+                os.write(
+                    sys.stderr.fileno(), f"{SHOW_CURSOR}\n".encode()
+                )  # a bar hides it, and stands where the prompt will
             os._exit(130)
         self._asked = True
         warn("saving a checkpoint, then stopping; ctrl-C again ends at once")
