@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -39,6 +40,7 @@ def test_every_verb_has_an_example_that_names_it(verb: str) -> None:
     _, found, examples = help_text.partition("Example")
     assert found
     assert f"  vaejob {verb} " in examples
+    assert max(map(len, examples.splitlines())) <= 78  # two of 80 columns are a margin: whole, for who copies it
 
 
 def test_help_of_all_and_of_a_verb_loads_nothing_slow() -> None:
@@ -49,6 +51,9 @@ def test_help_of_all_and_of_a_verb_loads_nothing_slow() -> None:
     status, said, loaded = vaejob_says("train", "-h")
     assert (status, loaded) == (0, "")
     assert "Example: vaejob train mnist-iwae-1" in said
+    assert "train [OPTIONS] CONFIG [KEY=VALUE]... Train" in said
+    assert "<bool>" not in said  # a switch takes no value
+    assert "report [OPTIONS] RUN... Write" in vaejob_says("report", "-h")[1]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +88,35 @@ def test_wrong_settings_are_refused_at_once(typed: tuple[str, ...], meant: str) 
     assert (status, loaded) == (2, "")
     assert meant in said
     assert "abcdefghij" not in said
+
+
+THAT_READ_A_RUN = (
+    "show {0}", "show {0} --watch", "runs {0}", "diff {0} {0}", "report {0}", "tensorboard {0}", "evaluate {0}",
+    "sample {0} --out x.png", "reconstruct {0} --out x.png", "interpolate {0} --out x.png", "export {0} --out x",
+    "serve {0}", "resume {0}", "doctor {0}/job.yaml",
+)  # fmt: skip
+EACH = f"""
+import sys
+from vaejob.cli import main
+address = sys.argv[1]
+for verb in {THAT_READ_A_RUN}:
+    sys.argv = ["vaejob", *verb.format(address).split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print(verb, ended.code)
+print("loaded:", *sorted({{"torch", "ray", "matplotlib"}} & set(sys.modules)))
+"""
+
+
+def test_an_address_without_a_run_is_refused_before_anything_slow_is_loaded(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", EACH, str(tmp_path)], capture_output=True, text=True, check=True)
+    *ends, loaded = done.stdout.splitlines()
+    assert ends == [f"{verb} 2" for verb in THAT_READ_A_RUN]
+    assert loaded == "loaded:"
+    said = done.stderr.splitlines()
+    assert len(said) == len(THAT_READ_A_RUN)  # one line each
+    assert all(str(tmp_path) in line for line in said)
 
 
 def test_shell_completion_knows_verbs_and_options() -> None:

@@ -21,12 +21,13 @@ from vaejob.cli import report as verb
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
 from vaejob.errors import VaejobError
+from vaejob.metrics import LikelihoodTotals
 from vaejob.pictures.report.chart import ticks
 from vaejob.pictures.report.curves import MOST_POINTS, charts_of_one, thinned
 from vaejob.pictures.report.findings import anomaly_auc, nearest, spread_ids
 from vaejob.pictures.report.markup import tag
 from vaejob.pictures.report.page import page
-from vaejob.pictures.report.reported import ReportedRun
+from vaejob.pictures.report.reported import Bound, ReportedRun
 from vaejob.pictures.report.timeline import attempts, cost
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import choose_record, read_rows, write_rows
@@ -414,6 +415,17 @@ def test_a_browser_shows_it_whole_alone_and_accessible(
             assert watched.page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
             assert watched.page.locator("figure svg[role=img]:not([aria-label])").count() == 0
             assert watched.said == watched.requests == []
+
+
+def test_a_density_with_all_its_words_fits_a_phone(tmp_path: Path) -> None:
+    job = vaejob.load_config("quickstart", "run.bucket=runs", "data.train=digits", "likelihood.pixels=gaussian")
+    totals = LikelihoodTotals(images=4, dims=256, negative_bound_nats=-242.06, negative_bound_squares_rest=12.0)
+    bound = Bound(name="-ELBO", totals=totals, images_seen=1, of=[])
+    run = ReportedRun(address="here", job=job, finished=True, images_seen=1, rows=[], lost=[], starts=[], held_out=bound)  # fmt: skip
+    (tmp_path / "density.html").write_text(page([run]))
+    with opened(tmp_path / "density.html", width=390, scheme="light") as watched:
+        assert "nats (density)" in watched.page.locator(".headline").inner_text()
+        assert watched.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_numbers_unfold_by_mouse_and_by_keyboard(plain: Path) -> None:

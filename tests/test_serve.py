@@ -202,6 +202,8 @@ def test_page_in_a_browser(
         page.get_by_label("Drop an image here").set_input_files(files[0])
         page.get_by_text(re.compile(r"-IWAE-100: -?[\d.]+ nats, -?[\d.]+ bits/dim$")).wait_for()
         assert page.locator("#reconstruction img").count() == 2
+        captions = page.locator("#reconstruction figcaption").all_inner_texts()
+        assert captions == ["as the model sees it", "its reconstruction"]
         page.locator("#last:enabled").wait_for()
         page.get_by_label("Another image").set_input_files(files[1])
         page.locator("#interpolation img").nth(7).wait_for()

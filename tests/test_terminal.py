@@ -42,6 +42,17 @@ def test_rows_say_where_the_job_is_and_how_likely_the_images_are(capsys: pytest.
     assert third.endswith("held out 0.36067 ± 0.13525 bits/dim, 4.0000 ± 1.5000 nats, -ELBO of 4 images")
 
 
+def test_an_attempt_that_had_no_checkpoint_is_told_apart_from_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(JOB, quiet=False)
+    totals = LikelihoodTotals(images=4, dims=64, negative_bound_nats=16.0)
+    for attempt in ("a", "a", "b"):
+        told = row(totals, split="train").body | {"attempt": attempt}
+        progress(Event("row", told))
+    lines = capsys.readouterr().out.splitlines()
+    assert [index for index, line in enumerate(lines) if "images  train" not in line] == [2]
+    assert lines[2] == "beginning again, since there was no checkpoint yet"
+
+
 def test_a_bound_that_is_not_finite_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
     Progress(JOB, quiet=False)(row(LikelihoodTotals(images=4, dims=64, non_finite=3), split="test"))
     assert "held out not finite for 3 of 4 images" in capsys.readouterr().out
@@ -114,6 +125,7 @@ with Progress(JOB, quiet=False, epoch_images=40) as progress:
 with images_done("packing") as tell:
     tell(250, 1000)
     time.sleep(0.3)
+say("word " * 40 + "s3://bucket/" + 70 * "x", indent=9)
 say("done")
 """
 
@@ -142,7 +154,11 @@ def in_terminal(columns: int, *, stdout: int | None = None) -> tuple[str, str]:
 def test_terminal_shows_where_the_job_is_within_its_width_and_cleans_up(columns: int) -> None:
     sent, _ = in_terminal(columns)
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent).replace("\r", "\n").splitlines()
-    assert max(map(len, lines)) <= columns
+    rows = [line for line in lines if " train " in line]
+    assert all(re.search(r"(bits/dim|since the last|images/s|left)$", row) for row in rows), rows  # none goes on below
+    assert "\n         word" in "\n".join(lines)
+    assert lines.count("         s3://bucket/" + 70 * "x") == 1  # whole, for who copies it
+    assert max(len(line) for line in lines if "s3:" not in line) <= columns
     shown = " ".join(" ".join(lines).split())
     assert "60 % of 100 images" in shown
     assert re.search(
@@ -157,6 +173,7 @@ def test_terminal_shows_where_the_job_is_within_its_width_and_cleans_up(columns:
 def test_what_is_piped_has_no_bars_in_it() -> None:
     sent, piped = in_terminal(80, stdout=subprocess.PIPE)
     assert "60 % of 100 images" in sent
-    assert [line.split("  ")[-1] for line in piped.splitlines()][1::2] == ["checkpoint committed"] * 2
+    assert [line.split("  ")[-1] for line in piped.splitlines()][1:4:2] == ["checkpoint committed"] * 2
     assert "\x1b" not in piped
+    assert "word " * 40 + "s3://bucket/" + 70 * "x" in piped.splitlines()
     assert piped.endswith("\ndone\n")

@@ -76,6 +76,7 @@ def test_the_numbers_are_those_of_the_reports(job: JobConfig, tmp_path: Path) ->
     old, new = (sum(map(LikelihoodTotals.from_dict, part), LikelihoodTotals()) for part in (rows[:5], rows[5:]))
     moved = trend(look.run)
     assert moved is not None
+    assert str(moved._replace(reports=1)).endswith("over 1 report)")
     assert (moved.reports, moved.change) == (5, new.bits_per_dim - old.bits_per_dim)
     half = look.run._replace(rows=rows[:5], newest=None, records=[])
     seconds = sum(row["seconds"] for row in rows[:5])

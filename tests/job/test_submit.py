@@ -23,6 +23,7 @@ def test_submitted_job_streams_its_log_and_gives_its_status(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6,000 of 6,000 images" in done.stdout
     assert "bits/dim" in done.stdout
+    assert "INFO" not in done.stdout + done.stderr  # what Ray says of itself
     record, _ = newest_record(open_bucket(f"{tmp_path}/runs/run"))
     assert record is not None
     assert (record.images_seen, record.world_size) == (6000, 2)

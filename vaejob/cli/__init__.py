@@ -21,11 +21,14 @@ from vaejob.cli import (
     train,
     use,
 )
+from vaejob.cli.terminal import warn
+from vaejob.cli.verb import Verb, Verbs
 from vaejob.errors import VaejobError
 from vaejob.version import VERSION
 
 app = typer.Typer(
     name="vaejob",
+    cls=Verbs,
     help="Trains likelihood-based variational autoencoders on images in object storage, on a Ray cluster.",
     epilog="Every verb has an example: vaejob VERB -h. The shell completes verbs and options after: vaejob --install-completion",
     no_args_is_help=True,
@@ -49,34 +52,27 @@ def options(
     pass
 
 
-for verb in (
-    train.quickstart,
-    data.pack,
-    data.index,
-    data.inspect,
-    data.verify,
-    doctor.doctor,
-    train.train,
-    submit.submit,
-    train.resume,
-    look.runs,
-    look.show,
-    diff.diff,
-    submit.logs,
-    submit.stop,
-    use.evaluate,
-    use.sample,
-    use.reconstruct,
-    use.interpolate,
-    export.export,
-    report.report,
-    tensorboard.tensorboard,
-    story.story,
-    render.render,
-    settings.settings,
-    serve.serve,
-):
-    app.command()(verb)
+PANELS = {
+    "Begin": (train.quickstart, story.story),
+    "Images": (data.pack, data.index, data.inspect, data.verify),
+    "Training": (
+        doctor.doctor,
+        train.train,
+        submit.submit,
+        train.resume,
+        submit.logs,
+        submit.stop,
+        render.render,
+        settings.settings,
+    ),
+    "Runs": (look.runs, look.show, diff.diff, report.report, tensorboard.tensorboard),
+    "Models": (use.evaluate, use.sample, use.reconstruct, use.interpolate, export.export, serve.serve),
+}
+
+for panel, verbs in PANELS.items():
+    for verb in verbs:
+        first_sentence = (verb.__doc__ or "").partition("\n")[0].partition(". ")[0].removesuffix(".")
+        app.command(cls=Verb, rich_help_panel=panel, short_help=f"{first_sentence}.")(verb)
 
 
 def main() -> None:
@@ -84,5 +80,5 @@ def main() -> None:
     try:
         app()
     except VaejobError as error:
-        print(f"vaejob: {error}", file=sys.stderr)
+        warn(str(error))
         sys.exit(error.exit_status)

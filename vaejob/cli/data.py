@@ -59,8 +59,8 @@ def pack(
 
     \b
     Examples:
-      vaejob pack photos.zip s3://bucket/photos --split train=0.9,test=0.1 --size 64
-      vaejob pack 's3://bucket/photos/*.tar' s3://bucket/packed --cluster --address head:6379
+      vaejob pack photos.zip s3://bucket/photos --split train=0.9,test=0.1
+      vaejob pack 's3://bucket/photos/*.tar' s3://bucket/packed --cluster
     """
     from vaejob.data.manifest import MANIFEST_KEY
     from vaejob.data.pack import pack as pack_images
@@ -93,7 +93,7 @@ def pack(
         raise typer.Exit(130) from None
     for name, manifest in manifests.items():
         was_there = open_bucket(join(dest, name)).url in there_before
-        say(f"{name}: {'already packed, ' if was_there else ''}{_describe(manifest)}")
+        say(f"{name}: {'already packed, ' if was_there else ''}{_describe(manifest)}", indent=2)
     say(f"look at it with: vaejob inspect {dest}")
 
 
@@ -140,7 +140,7 @@ def index(
         say_json({"splits": found_there})
         return
     for name, found in splits.items():
-        say(f"{name}: {'already indexed, ' if found.was_there else ''}{_describe(found.manifest)}")
+        say(f"{name}: {'already indexed, ' if found.was_there else ''}{_describe(found.manifest)}", indent=2)
     first = splits.get("train") or next(iter(splits.values()))
     say(f"train on it with: vaejob train CONFIG data.train={first.address}")
 
@@ -160,7 +160,8 @@ def inspect(data: Data, as_json: AsJson = False) -> None:
         say_json({"splits": [_summary(url, manifest) for url, manifest in found.items()]})
         return
     for url, manifest in found.items():
-        say(f"{manifest.split}: {_describe(manifest)}\n  at     {url}\n  source {manifest.source}")
+        say(f"{manifest.split}: {_describe(manifest)}", indent=2)
+        say(f"  at     {url}\n  source {manifest.source}")
 
 
 def verify(data: Data, as_json: AsJson = False, quiet: Quiet = False) -> None:
@@ -179,7 +180,7 @@ def verify(data: Data, as_json: AsJson = False, quiet: Quiet = False) -> None:
             manifest = verify_all(bucket, on_progress=on_progress)
         checked.append(_summary(bucket.url, manifest) | {"verified": True})
         if not as_json:
-            say(f"{manifest.split}: all is as it was packed: {_describe(manifest)}")
+            say(f"{manifest.split}: all is as it was packed: {_describe(manifest)}", indent=2)
     if as_json:
         say_json({"splits": checked})
 
@@ -226,11 +227,16 @@ def _summary(url: str, manifest: "Manifest") -> dict[str, Any]:
     }
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _describe(manifest: "Manifest") -> str:
     found = _summary("", manifest)
     shape = " x ".join(map(str, manifest.shape))
     groups, size = found["row_groups"], found["bytes"] / 2**20
     return (
         f"{manifest.images:,} images of {shape} (channels x height x width), {manifest.encoding}, "
-        f"shards {len(manifest.shards):,}, row groups {groups:,}, {size:,.1f} MiB, fingerprint {manifest.fingerprint[:12]}"
+        f"{_many(len(manifest.shards), 'shard')}, {_many(groups, 'row group')}, {size:,.1f} MiB, "
+        f"fingerprint {manifest.fingerprint[:12]}"
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaejob.cli.terminal import say, say_json, warn
+from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
     from vaejob.cli.overview import Overview
@@ -24,6 +25,7 @@ def diff(
     Example:
       vaejob diff s3://models/mnist-iwae-1 s3://models/mnist-iwae-2
     """
+    require_run(first, second)
     from vaejob.cli.overview import look_at
     from vaejob.storage import absolute
 

@@ -41,13 +41,14 @@ def doctor(
     \b
     Examples:
       vaejob doctor job.yaml
-      vaejob doctor job.yaml --address http://head:8265 --measure --price-per-hour 98.32
+      vaejob doctor job.yaml --address http://head:8265 --measure
     """
     from vaejob import load_config
+
+    job = load_config(config, *(overrides or []))  # what is wrong with it is said before torch is loaded
     from vaejob.cluster.doctor.examine import Measures, examine
     from vaejob.cluster.doctor.findings import exit_status
 
-    job = load_config(config, *(overrides or []))
     if address is not None and address.startswith(("http://", "https://")):
         raise typer.Exit(_as_job(config, overrides or [], address, measure, price_per_hour, as_json))
     if address is not None:

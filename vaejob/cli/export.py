@@ -7,6 +7,7 @@ import typer
 
 from vaejob.cli.terminal import bits_and_nats, say, say_json, what_it_is_of
 from vaejob.cli.use import Checkpoint, Json, Run
+from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
     from vaejob.loaded import LoadedModel
@@ -24,6 +25,7 @@ def export(
     Example:
       vaejob export s3://models/mnist-iwae-1 --out mnist-iwae-1 --checkpoint best
     """
+    require_run(run)
     from vaejob.export import export as write
     from vaejob.loaded import load
 

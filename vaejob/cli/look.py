@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaejob.cli.terminal import bits_and_nats, bound_name, say, say_json, warn, what_it_is_of
+from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
     from vaejob.cli.overview import Identity, Overview
@@ -31,7 +32,6 @@ def runs(
     Example:
       vaejob runs s3://models
     """
-    from vaejob.cli.overview import comparable_groups, held_out_identity, summary
     from vaejob.errors import RunError
     from vaejob.storage import join, open_bucket
     from vaejob.storage.runs import JOB_KEY
@@ -41,6 +41,8 @@ def runs(
     if not names:
         is_run = home.size(JOB_KEY) is not None
         raise RunError(f"{home.url} is one run; use: vaejob show {bucket}" if is_run else f"{home.url} holds no runs")
+    from vaejob.cli.overview import comparable_groups, held_out_identity, summary
+
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
         found = list(pool.map(_overview_or_problem, [join(home.url, name) for name in names]))
     for run, _ in found:
@@ -71,6 +73,7 @@ def show(
     Example:
       vaejob show s3://models/mnist-iwae-1 --watch
     """
+    require_run(run)
     from vaejob.cli.overview import everything, look_at, training_images
 
     if live:
@@ -179,13 +182,14 @@ def _say_newest(run: "Overview", split: str) -> None:
         fingerprint=identity.fingerprint or "unknown",
         own_codes=identity.bound == "conditional",
     )
-    say(f"  {of}")
+    say(f"  {of}", indent=2)
     say(f"  {bits_and_nats(totals, run.job.likelihood)}")
     if row["seconds"]:
         workers = f"{row['world_size']} worker{'s' if row['world_size'] > 1 else ''}"
         waited = row["data_wait_seconds"] / row["seconds"]
         say(
-            f"  {row['images'] / row['seconds']:,.0f} images/s with {workers}, {waited:.1%} of the time spent waiting for images"
+            f"  {row['images'] / row['seconds']:,.0f} images/s with {workers}, {waited:.1%} of the time spent waiting for images",
+            indent=2,
         )
     for number, what in (
         (row["missing_images"], "damaged images left out"),

@@ -6,6 +6,7 @@ import typer
 from rich import filesize
 
 from vaejob.cli.terminal import bound_name, say, warn
+from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
     from vaejob.cli.overview import Identity, Overview
@@ -39,13 +40,15 @@ def report(
     The page needs no network and nothing beside it. Likelihoods of several runs are compared only where they compare.
 
     \b
-    Example:
-      vaejob report s3://models/mnist-iwae-1 s3://models/mnist-iwae-2 --out report.html
+    Examples:
+      vaejob report s3://models/mnist-iwae-1
+      vaejob report s3://models/photos-1 s3://models/photos-2 --out both.html
     """
     from vaejob.errors import UserError
 
     if out is None and len(runs) > 1:
         raise UserError(f"--out is missing for {len(runs)} runs; name the HTML file to write")
+    require_run(*runs)
     say(write_report(runs, out=out, other=other, images=images, tell=_silent if quiet else warn))
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from vaejob.cli.terminal import say, warn
+from vaejob.cli.verb import require_run
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -21,6 +22,7 @@ def serve(
     Example:
       vaejob serve s3://models/mnist-iwae-1 --checkpoint best
     """
+    require_run(run)
     import os
     import socket
 

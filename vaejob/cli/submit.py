@@ -30,7 +30,7 @@ def submit(
 
     \b
     Example:
-      vaejob submit mnist-iwae-1 run.bucket=s3://models data.train=s3://images/mnist/train --address http://head:8265 --follow
+      vaejob submit job.yaml --address http://head:8265 --follow cluster.workers=8
     """
     from vaejob import load_config
 
@@ -69,7 +69,7 @@ def logs(
     job_id = jobs.find_job(absolute(run), client)
     if follow:
         raise typer.Exit(jobs.follow_job(job_id, client, write=_write))
-    _write(client.get_job_logs(job_id))
+    _write(jobs.log_of(job_id, client))
 
 
 def stop(run: Annotated[str, typer.Argument(help="The run's address: BUCKET/NAME.")], address: Address = None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaejob.cli.terminal import bound_name, say, warn
+from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
     from vaejob.cli.overview import Overview
@@ -34,8 +35,10 @@ def tensorboard(
 
     \b
     Example:
-      vaejob tensorboard s3://models/mnist-iwae-1 --out ./events && tensorboard --logdir ./events
+      vaejob tensorboard s3://models/mnist-iwae-1 --out events
+      tensorboard --logdir events
     """
+    require_run(run)
     say(write_events(run, out=out))
 
 

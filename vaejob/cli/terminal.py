@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,12 +22,24 @@ _SECONDS_BETWEEN_LINES = 5.0
 SHOW_CURSOR = "\x1b[?25h"
 
 
-def say(text: str = "") -> None:
-    print(text, flush=True)
+def say(text: str = "", *, indent: int | None = None) -> None:
+    """indent: in a terminal the line is broken between words, and goes on so many columns to the right."""
+    print(text if indent is None else _folded(text, sys.stdout, indent), flush=True)
 
 
 def warn(text: str) -> None:
-    print(f"vaejob: {text}", file=sys.stderr, flush=True)
+    print(_folded(f"vaejob: {text}", sys.stderr, indent=8), file=sys.stderr, flush=True)
+
+
+def _folded(text: str, stream: TextIO, indent: int) -> str:
+    """Addresses stay whole, for who copies them; so does all where no terminal is."""
+    if not stream.isatty():
+        return text
+    fold = textwrap.TextWrapper(
+        max(shutil.get_terminal_size().columns, indent + 40), subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(fold.fill(line) for line in text.split("\n"))
 
 
 def say_json(value: object) -> None:
@@ -123,12 +137,12 @@ class Progress:
             case "note":
                 warn(event.body["text"])
             case "status" if not self._quiet:
-                say(event.body["text"])
+                say(event.body["text"], indent=0)
             case "row" if not self._quiet:
                 self._tell_attempt(event.body)
                 if event.body["split"] == "train":
                     self._take(event.body)
-                say(self._row(event.body))
+                say(self._row(event.body), indent=9)
             case "record" if not self._quiet:
                 self._saved_at = time.monotonic()
                 say(f"{self._at(event.body['images_seen'])}  checkpoint committed")
@@ -143,8 +157,8 @@ class Progress:
         self._newest, self._newest_at, self._bits = row, time.monotonic(), bits
         self._retries += row.get("retries", 0)
 
-    def _trend(self) -> str:
-        return "" if self._change is None else f", {self._change:+.4f} since the last"
+    def _trend(self) -> list[str]:
+        return [] if self._change is None else [f"{self._change:+.4f} since the last"]
 
     def _facts(self, row: dict[str, Any]) -> list[str]:
         """What a row tells besides its likelihood and its rate."""
@@ -180,13 +194,16 @@ class Progress:
         left = max(0.0, (total - seen) / rate - silent)
         facts = [f"{_duration(left)} left", f"{rate:,.0f} images/s"]
         if self._bits is not None:
-            facts.append(f"{self._bits + (density_bits(self._job.likelihood) or 0.0):.4f} bits/dim{self._trend()}")
+            facts.append(f"{self._bits + (density_bits(self._job.likelihood) or 0.0):.4f} bits/dim")
+            facts += self._trend()
         return Group(bar, Text(", ".join([*facts, *self._facts(row), f"report {_duration(silent)} old"])))
 
     def _tell_attempt(self, row: dict[str, Any]) -> None:
         started_at = row["attempt_started_at_images"]
         if row["attempt"] != self._attempt and started_at:
             say(f"continuing from the checkpoint at {started_at:,} images")
+        elif self._attempt not in ("", row["attempt"]):
+            say("beginning again, since there was no checkpoint yet")
         self._attempt = row["attempt"]
 
     def _tell_what_is_held_out(self, record: dict[str, Any]) -> None:
@@ -198,9 +215,8 @@ class Progress:
         self._told = True
         totals, samples = LikelihoodTotals.from_dict(record["held_out"]), self._job.training.evaluate_samples
         data, fingerprint = self._job.data.test or "unknown", record["test_fingerprint"] or "unknown"
-        say(
-            f"         held out: {what_it_is_of(self._job, totals, samples=samples, data=data, fingerprint=fingerprint)}"
-        )
+        of = what_it_is_of(self._job, totals, samples=samples, data=data, fingerprint=fingerprint)
+        say(f"         held out: {of}", indent=9)
 
     def _row(self, row: dict[str, Any]) -> str:
         from vaejob.metrics import LikelihoodTotals
@@ -211,19 +227,27 @@ class Progress:
             name = bound_name(self._job.training.evaluate_samples)
             return f"{at}  held out {bits_and_nats(totals, self._job.likelihood)}, {name} of {totals.images:,} images"
         rate = totals.images / row["seconds"]
-        left = f"{rate:,.0f} images/s, {_duration((self._job.training.images - row['images_seen']) / rate)} left"
+        left = _duration((self._job.training.images - row["images_seen"]) / rate)
+        facts = [f"{rate:,.0f} images/s", f"{left} left"]
         if self._live is None:  # else they stand below
-            left = ", ".join([left, *self._facts(row)])
+            facts += self._facts(row)
         if totals.non_finite:
-            return f"{at}  train {bits_and_nats(totals, self._job.likelihood)}, {left}"
+            return self._fitting(f"{at}  train {bits_and_nats(totals, self._job.likelihood)}", facts)
         added = density_bits(self._job.likelihood)
         nats, in_bits = (
             ("nats", "bits/dim") if added is None else ("nats (density)", f"bits/dim (density + {added:.4f})")
         )
-        return (
-            f"{at}  train {totals.mean('negative_bound'):.2f} {nats}, {totals.bits_per_dim + (added or 0.0):.4f} {in_bits}{self._trend()}, "
-            f"{'given own codes, ' if self._job.objective.own_codes else ''}{left}"
-        )
+        likelihood = f"{totals.mean('negative_bound'):.2f} {nats}, {totals.bits_per_dim + (added or 0.0):.4f} {in_bits}"
+        own = ["given own codes"] if self._job.objective.own_codes else []
+        return self._fitting(f"{at}  train {', '.join([likelihood, *own])}", [*self._trend(), *facts])
+
+    def _fitting(self, line: str, facts: list[str]) -> str:
+        """The line with its facts; in a terminal, below which they stand too, with as many of them as fit beside it."""
+        for fact in facts:
+            if self._live and len(line) + len(", ") + len(fact) > self._live.console.width:
+                break
+            line += f", {fact}"
+        return line
 
     def _at(self, images_seen: int) -> str:
         total = f"{self._job.training.images:,}"

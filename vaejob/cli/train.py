@@ -32,7 +32,7 @@ def train(
 
     \b
     Example:
-      vaejob train mnist-iwae-1 run.bucket=s3://models data.train=s3://images/mnist/train cluster.workers=2
+      vaejob train mnist-iwae-1 run.bucket=s3://models cluster.workers=2
     """
     from vaejob import load_config
 
@@ -86,7 +86,7 @@ def quickstart(
     packed = ", ".join(f"{manifest.images:,} {split}" for split, manifest in manifests.items())
     quiet = quiet or as_json
     if not quiet:
-        say(f"packed {packed} images of handwritten digits into {home}")
+        say(f"packed {packed} images of handwritten digits into {home}", indent=0)
     settings = [f"run.bucket={bucket}", f"data.train={home}/train", f"data.test={home}/test"]
     run_job(load_config("quickstart", *settings, f"cluster.workers={workers}"), quiet=quiet, as_json=as_json)
 
@@ -173,7 +173,7 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
             fingerprint=record.test_fingerprint or "",
         )
         say(f"held out  {bits_and_nats(totals, job.likelihood)}")
-        say(f"          {of}")
+        say(f"          {of}", indent=10)
     say(f"pictures  {pictures['samples-beside-reconstructions']}")
     if page:
         say(f"report    {page}")
@@ -193,7 +193,9 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), SHOW_CURSOR.encode())  # that a bar hides
+                os.write(
+                    sys.stderr.fileno(), f"{SHOW_CURSOR}\n".encode()
+                )  # a bar hides it, and stands where the prompt will
             os._exit(130)
         self._asked = True
         warn("saving a checkpoint, then stopping; ctrl-C again ends at once")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaejob.cli.terminal import bound_name, density_bits, images_done, say, say_json, warn, what_it_is_of
+from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
     from vaejob.data.batches import DataSet
@@ -50,7 +51,7 @@ def evaluate(
 
     \b
     Example:
-      vaejob evaluate s3://models/mnist-iwae-1 --samples 5000 --checkpoint best --workers 8
+      vaejob evaluate s3://models/mnist-iwae-1 --samples 5000 --workers 8
     """
     from vaejob.errors import RunError
 
@@ -113,6 +114,7 @@ def sample(
     Example:
       vaejob sample s3://models/mnist-iwae-1 --out samples.png --mean
     """
+    require_run(run)
     from vaejob.loaded import load
     from vaejob.pictures.grid import grid, png_bytes
 
@@ -133,10 +135,10 @@ def reconstruct(
     Example:
       vaejob reconstruct s3://models/mnist-iwae-1 --out reconstructions.png
     """
+    model, images = load_for(run, data, checkpoint=checkpoint)
     from vaejob.pictures.grid import beside, png_bytes
     from vaejob.pictures.run_pictures import reconstruct_some
 
-    model, images = load_for(run, data, checkpoint=checkpoint)
     _write(out, png_bytes(beside(*reconstruct_some(model, images, count), pairs_per_row=_columns(count))))
 
 
@@ -153,12 +155,12 @@ def interpolate(
 
     \b
     Example:
-      vaejob interpolate s3://models/mnist-iwae-1 --out interpolations.png --steps 10
+      vaejob interpolate s3://models/mnist-iwae-1 --out between.png --steps 10
     """
+    model, images = load_for(run, data, checkpoint=checkpoint)
     from vaejob.pictures.grid import grid, png_bytes
     from vaejob.pictures.interpolate import interpolate
 
-    model, images = load_for(run, data, checkpoint=checkpoint)
     pictures = interpolate(model, images, rows=count, steps=steps, seed=seed)
     _write(out, png_bytes(grid(pictures, columns=steps + 2)))
 
@@ -185,6 +187,7 @@ def _layer_numbers(layers: "LayerTotals | None") -> dict[str, Any]:
 
 def load_for(run: str, data: str | None, *, checkpoint: str) -> "tuple[LoadedModel, DataSet]":
     """The model of a run and the images to use it on. Raises DataError for images of another shape."""
+    require_run(run)
     from vaejob.data.batches import open_data
     from vaejob.errors import DataError, RunError
     from vaejob.loaded import load
@@ -236,20 +239,21 @@ def _say_result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals
         say(
             f"{title:<11} {numbers[nats]:.4f} ± {numbers[f'{nats}_standard_error']:.4f} nats{' (density)' if density else ''}, "
             f"{numbers[in_bits]:.5f} ± {numbers[f'{in_bits}_standard_error']:.5f} bits/dim"
-            f"{f' (density + {added:.4f})' if density else ''}"
+            f"{f' (density + {added:.4f})' if density else ''}",
+            indent=12,
         )
     if samples > 1:
-        say("            (distortion and rate are the halves of the -ELBO, of one code per image)")
+        say("            (distortion and rate are the halves of the -ELBO, of one code per image)", indent=12)
     if weights := totals.weights():
         say(
             f"weights     worth {weights['effective_samples']:,.1f} of {samples:,} samples on average, "
             f"{weights['least_effective_samples']:,.1f} at least; "
-            f"estimated bias of the bound {weights['bound_bias_nats_estimate']:.4f} nats"
+            f"estimated bias of the bound {weights['bound_bias_nats_estimate']:.4f} nats",
+            indent=12,
         )
     fingerprint = data.manifest.fingerprint
-    say(
-        f"of          {what_it_is_of(model.job, totals, samples=samples, data=data.bucket.url, fingerprint=fingerprint)}"
-    )
+    of = what_it_is_of(model.job, totals, samples=samples, data=data.bucket.url, fingerprint=fingerprint)
+    say(f"of          {of}", indent=12)
     say(f"split       {data.manifest.split}")
     say(f"checkpoint  {model.record.images_seen:,} images of {model.address}")
 

@@ -126,7 +126,7 @@ class Trend(NamedTuple):
     def __str__(self) -> str:
         level = abs(self.change) < 2 * self.standard_error
         arrow = "→ level" if level else "↓ falling" if self.change < 0 else "↑ rising"
-        return f"{arrow} ({self.change:+.4f} ± {self.standard_error:.4f} over {self.reports} reports)"
+        return f"{arrow} ({self.change:+.4f} ± {self.standard_error:.4f} over {self.reports} report{'' if self.reports == 1 else 's'})"
 
 
 def trend(run: Overview) -> Trend | None:

@@ -55,7 +55,8 @@ def train_on_cluster(
             gauges = Gauges(job, start=token.number, on_event=on_event)
             wait_for_room(job.cluster, should_stop=should_stop, on_wait=lambda line: gauges.tell(_status(line)))
             least, most = job.cluster.least_workers, job.cluster.most_workers
-            gauges.tell(_status(f"starting {most} workers" if least == most else f"starting {least} to {most} workers"))
+            count = f"{most} worker{'' if most == 1 else 's'}" if least == most else f"{least} to {most} workers"
+            gauges.tell(_status(f"starting {count}"))
             _run(job, scratch, token, gauges, should_stop=should_stop)
     except StopAsked:
         return

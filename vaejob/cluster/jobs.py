@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,17 +19,21 @@ from vaejob.storage.runs import new_attempt
 
 STOP_SECONDS = 120
 """How long a job that was asked to stop may take to save a checkpoint before Ray kills it."""
+OF_RAY = re.compile(r"^\S+ \S+\tINFO job_manager\.py:\d+ -- .*\n", re.MULTILINE)
+"""A line of Ray's own in the log of a job."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
 def connect(address: str | None) -> JobSubmissionClient:
     """The Jobs API of a cluster's head, http://HOST:8265. Raises ClusterError if none answers there."""
-    logging.getLogger("ray").setLevel(logging.WARNING)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster takes jobs at {address}: {str(error).strip().splitlines()[0]}") from error
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # after the client, which sets levels of its own
+    return client
 
 
 def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
@@ -66,10 +71,15 @@ def follow_job(job_id: str, client: JobSubmissionClient, *, write: Callable[[str
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job_id):
-            write(text)
+            write(OF_RAY.sub("", text))
 
     asyncio.run(tail())
     return wait_for_end(job_id, client)
+
+
+def log_of(job_id: str, client: JobSubmissionClient) -> str:
+    """All that the job has said so far."""
+    return OF_RAY.sub("", client.get_job_logs(job_id))
 
 
 def stop_job(job_id: str, client: JobSubmissionClient) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from vaejob.config import ClusterConfig
@@ -137,6 +138,8 @@ def _connected(where: dict[str, Any]) -> Iterator[None]:
     failures: list[BaseException] = []
 
     def hold() -> None:
+        # Whatever log_to_driver says, Ray prints to stdout how workers and nodes end; its own log files have that too.
+        ray_worker._worker_logs_enabled = False
         try:
             ray.init(
                 **where, namespace="vaejob", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True

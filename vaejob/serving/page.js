@@ -16,10 +16,15 @@ async function ask(verb, question) {
   return found;
 }
 
-function show(id, images, names) {
-  at(id).replaceChildren(
-    ...images.map((source, place) => Object.assign(new Image(), { src: source, alt: names(place), title: names(place) })),
-  );
+function show(id, images, names, captioned = false) {
+  const pictures = images.map((source, place) => Object.assign(new Image(), { src: source, alt: names(place), title: names(place) }));
+  at(id).replaceChildren(...(captioned ? pictures.map(withCaption) : pictures));
+}
+
+function withCaption(picture) {
+  const figure = document.createElement("figure");
+  figure.append(picture, Object.assign(document.createElement("figcaption"), { textContent: picture.alt }));
+  return figure;
 }
 
 // Runs what was asked for; what goes wrong is said on the page.
@@ -63,7 +68,7 @@ const look = doing(null, async (file) => {
 async function judge() {
   if (reconstructs) {
     const made = await ask("reconstruct", { image: first });
-    show("reconstruction", made.images, (place) => ["as the model sees it", "its reconstruction"][place]);
+    show("reconstruction", made.images, (place) => ["as the model sees it", "its reconstruction"][place], true);
   }
   const found = await ask("score", { image: first, samples: Number(at("count").value) });
   const bound = found.bound === "elbo" ? "-ELBO" : `-IWAE-${found.samples}`;

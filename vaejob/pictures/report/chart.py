@@ -9,12 +9,14 @@ from typing import Literal
 from vaejob.pictures.report.markup import Html, folded, joined, table, tag
 
 WIDTH, HEIGHT = 440, 236
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 16, 38
+LEFT, RIGHT, TOP, BOTTOM = 54, 24, 16, 38
 COLORS = 8
 """Colours and dashes that the page's style knows."""
 SETTLED_SHARE = 0.05
 """What lies above the frame of a falling curve: points of this first part of it, if they are higher than all after it."""
 MOST_MARKERS = 24
+FEW_POINTS = 16
+"""So many at most have a dot each: what was measured, apart from the line between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,7 @@ def _line(frame: _Frame, line: Series, form: str) -> Iterable[Html]:
             yield tag("path", d=_band(frame, part), class_=f"band c{line.color % COLORS}")
         middle = [(x, y) for x, y, _ in part]
         yield tag("path", d=_path(frame, middle), class_=class_)
-        if form == "points" or len(part) == 1:
+        if form == "points" or len(points) <= FEW_POINTS or len(part) == 1:
             for x, y in middle:
                 yield tag(
                     "circle", cx=_n(frame.at_x(x)), cy=_n(frame.at_y(y)), r=2.6, class_=f"dot c{line.color % COLORS}"
@@ -225,7 +227,11 @@ def _legend(series: Sequence[Series], chart: Chart) -> Html:
     items = []
     for line in series:
         swatch = tag("svg", tag("path", d="M0 5H22", class_=f"line c{line.color % COLORS}"), viewBox="0 0 22 10", class_="swatch", aria_hidden="true")  # fmt: skip
-        last = "" if chart.form == "steps" else short(next(y for y in reversed(line.y) if math.isfinite(y)))
+        last = (
+            ""
+            if chart.form == "steps"
+            else short(next(y for y in reversed(line.y) if math.isfinite(y))).replace("-", "\u2212")
+        )
         items.append(tag("li", swatch, line.name, tag("b", last)))
     return tag("ul", *items, class_="legend")
 

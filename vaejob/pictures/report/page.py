@@ -106,7 +106,7 @@ def _headline(run: ReportedRun) -> Html:
         parts.append(
             tag(
                 "p",
-                f"The newest checkpoint, at {run.newest.images_seen:,} images: {', '.join(numbers(run, run.newest))}.",
+                f"The newest checkpoint, at {run.newest.images_seen:,} images: {_minus(', '.join(numbers(run, run.newest)))}.",
             )
         )
     return joined(parts)
@@ -155,7 +155,7 @@ def _comparison(runs: Sequence[ReportedRun]) -> Html:
         said = numbers(run, run.held_out) if run.held_out else ["no held-out bound"]
         at = f"{run.held_out.images_seen:,}" if run.held_out else ""
         state = "finished" if run.finished else "unfinished"
-        rows.append([run.name, run.group, *[*said, ""][:2], at, f"{run.images_seen:,}", state])
+        rows.append([run.name, run.group, *[*map(_minus, said), ""][:2], at, f"{run.images_seen:,}", state])
     groups = sorted({run.group for run in runs if run.group}, key=lambda group: (len(group), group))
     parts = [tag("h2", "Comparison")]
     if len(groups) > 1:
@@ -204,8 +204,8 @@ def _attempts(run: ReportedRun, *, key: str) -> Html:
     spent = cost(run)
     share = f" ({spent.waited_seconds / spent.seconds:.1%} waiting for images)" if spent.seconds else ""
     pairs = [
-        ("worker time", f"{spent.worker_seconds:,.0f} worker-seconds, {duration(spent.worker_seconds)}"),
         ("time of training", f"{duration(spent.seconds)}{share}"),
+        ("of all workers", f"{duration(spent.worker_seconds)}, added up"),
         ("images trained on", f"{spent.images:,}, of which {spent.lost_images:,} had to be done again"),
         ("throughput", f"{spent.images / spent.seconds:,.0f} images/s, {spent.images / spent.worker_seconds:,.0f} for each worker" if spent.seconds else "unknown"),
         ("starts", f"{started}, {len(found)} attempt{'s' if len(found) != 1 else ''} with a report"),
