@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vaejob.config import ModelConfig
 from vaejob.errors import ConfigError
 from vaejob.model.gaussian import Gaussian, gaussian
-from vaejob.model.memory import when_needed
+from vaejob.model.memory import channels_last, when_needed
 from vaejob.model.vae import VAE
 
 
@@ -48,11 +48,11 @@ class ConvVAE(VAE):
         self.output = nn.Conv2d(channels[0], output_planes, 3, padding=1)
 
     def encode(self, inputs: Float[Tensor, "B C H W"]) -> Gaussian:
-        mean, log_std = self.posterior(self.encoder(inputs).flatten(1)).chunk(2, dim=1)
+        mean, log_std = self.posterior(self.encoder(channels_last(inputs)).flatten(1)).chunk(2, dim=1)
         return gaussian(mean, log_std, bounded=True)
 
     def decode(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B P H W"]:
-        deepest = self.from_latent(z).view(z.shape[0], *self.deepest_shape)
+        deepest = channels_last(self.from_latent(z).view(z.shape[0], *self.deepest_shape))
         parameters: Tensor = self.output(self.decoder(deepest))
         return parameters
 
