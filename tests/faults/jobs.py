@@ -18,14 +18,16 @@ from tests.job.nodes import Nodes
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row, newest_record, read_rows, recorded_images
 
-SOON_SECONDS = 180.0
-"""What takes longer to train again is a hang."""
+SOON_SECONDS = 300.0
+"""What takes longer to train again is a hang, also on a machine that is busy with other things."""
+FOR_EVER = 10**12
+REPORT_EVERY = 640
 JOB = """
 run: {{name: {name}, bucket: "{runs}"}}
 data: {{train: "{data}/train", test: "{data}/test", global_batch: 64, lanes: 6, window_rows: 64}}
 model: {{family: mlp, latent: 8, hidden: [64, 64]}}
 likelihood: {{pixels: discretized-logistic, bits: 4}}
-training: {{images: {images}, report_every_images: 640, evaluate_every_images: 6400}}
+training: {{images: {images}, report_every_images: {report_every}, evaluate_every_images: 6400}}
 checkpoint: {{every_images: 1280}}
 cluster: {{workers: {workers}, wait_seconds: 120, max_failures: 1000}}
 """
@@ -59,13 +61,14 @@ class HurtJob:
         *,
         data: str,
         runs: str,
-        images: int,
+        images: int = FOR_EVER,
         workers: int,
         store: str,
         standing: bool,
     ) -> None:
         self._file = folder / f"{name}.yaml"
-        self._file.write_text(JOB.format(name=name, runs=runs, data=data, images=images, workers=workers))
+        self._settings = {"name": name, "runs": runs, "data": data, "workers": workers, "report_every": REPORT_EVERY}
+        self._file.write_text(JOB.format(images=images, **self._settings))
         self._env = {**os.environ, "AWS_ENDPOINT_URL": store}
         self._nodes: Nodes | None = None
         self.on: list[Any] = []
@@ -172,6 +175,30 @@ class HurtJob:
             if time.monotonic() > deadline:
                 raise Went(f"did not train again within {SOON_SECONDS:.0f} s: {self.said()}")
             time.sleep(0.05)
+
+    def outlast(self, fault: Callable[[], None]) -> Outcome:
+        """Does it, and waits for a checkpoint that was begun after it, of a job that goes on by itself."""
+        attempts = set(self.newest_reports())
+        fault()
+        hurt_at, reported = time.time(), self.reported()
+        while max(recorded_images(self.run), default=0) <= reported:
+            if self.process.poll() is not None:
+                raise Went(f"ended with status {self.process.returncode}: {self.said()}")
+            if time.time() > hurt_at + SOON_SECONDS:
+                raise Went(f"left no checkpoint within {SOON_SECONDS:.0f} s: {self.said()}")
+            time.sleep(0.05)
+        if set(self.newest_reports()) != attempts:
+            raise Went(f"began anew: {self.said()}")
+        return Outcome(seconds=time.time() - hurt_at, twice=0, lost=0, repeated=False)
+
+    def go_on_to_an_end(self) -> int:
+        """Kills the job and repeats the command with an end; at how many images."""
+        self.kill()
+        images = (self.reported() // REPORT_EVERY + 3) * REPORT_EVERY
+        self._file.write_text(JOB.format(images=images, **self._settings))
+        self.start()
+        self.finish()
+        return images
 
     def finish(self) -> None:
         """To the end, without further faults."""

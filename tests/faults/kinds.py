@@ -1,4 +1,4 @@
-"""The faults: who is killed, and when."""
+"""The faults: who is killed, and when; and what a bucket does to a job that lives."""
 
 import random
 import time
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.jobs import SOON_SECONDS, HurtJob, Outcome, Went
-from tests.s3.faultproxy import FaultProxy
+from tests.faults.jobs import FOR_EVER, SOON_SECONDS, HurtJob, Outcome, Went
+from tests.s3.faultproxy import FaultProxy, Rule
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Place:
     folder: Path
     proxy: FaultProxy
 
-    def job(self, name: str, *, images: int, workers: int, standing: bool = False) -> HurtJob:
+    def job(self, name: str, *, workers: int, images: int = FOR_EVER, standing: bool = False) -> HurtJob:
         return HurtJob(
             self.folder,
             name,
@@ -86,6 +86,80 @@ def wait_until_struck(proxy: FaultProxy, job: HurtJob) -> None:
     time.sleep(0.1)
 
 
+WRITE_FAULTS: list[Rule] = [
+    {"fault": "reset"},
+    {"fault": "close"},
+    {"fault": "status", "code": 500, "s3code": "InternalError"},
+    {"fault": "status", "code": 503},
+    {"fault": "req_reset", "at": 1000},
+    {"fault": "req_corrupt", "at": 100},
+    {"fault": "reset_after"},
+    {"fault": "delay", "seconds": 5},
+    {"fault": "blackhole", "seconds": 40},
+]
+READ_FAULTS: list[Rule] = [
+    {"fault": "reset"},
+    {"fault": "close"},
+    {"fault": "status", "code": 500, "s3code": "InternalError"},
+    {"fault": "status", "code": 503},
+    {"fault": "reset_mid", "at": 100},
+    {"fault": "fin_mid", "at": 100},
+    {"fault": "short_length", "at": 100},
+    {"fault": "corrupt", "at": 100},
+    {"fault": "throttle", "bytes_per_s": 20_000},
+    {"fault": "delay", "seconds": 5},
+    {"fault": "stall_mid", "at": 100, "seconds": 40},
+]
+MOST_STRUCK = {"blackhole": 1, "stall_mid": 1, "corrupt": 2}
+"""Requests at once: a state that is damaged three times is what the bucket holds."""
+REFUSED: Rule = {"fault": "refuse"}
+"""Nobody listens, whatever is asked for."""
+
+
+def drawn(faults: list[Rule], chance: random.Random, **where: str) -> Rule:
+    fault = chance.choice(faults)
+    return {**fault, "count": chance.randint(1, MOST_STRUCK.get(fault["fault"], 5)), **where}
+
+
+def failing_write(**where: str) -> Injure:
+    """The bucket fails some of the next such requests, and the job goes on."""
+
+    def injure(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+        rule = drawn([*WRITE_FAULTS, REFUSED], chance, **where)
+
+        def fault() -> None:
+            if rule["fault"] == REFUSED["fault"]:
+                place.proxy.refuse(seconds=chance.uniform(1, 10))
+            else:
+                place.proxy.strike(rule)
+                wait_until_struck(place.proxy, job)
+
+        return job.outlast(fault)
+
+    return injure
+
+
+def failing_read(**where: str) -> Injure:
+    """All of the job is killed, and when it is started again the bucket fails some of the first such requests."""
+
+    def injure(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+        rule = drawn([*READ_FAULTS, REFUSED], chance, **where)
+
+        def fault() -> None:
+            job.kill()
+            if rule["fault"] == REFUSED["fault"]:
+                place.proxy.refuse(seconds=chance.uniform(5, 15))
+            else:
+                place.proxy.strike(rule)
+
+        outcome = job.hurt(fault)
+        if rule["fault"] != REFUSED["fault"] and not any(request["fault"] for request in place.proxy.log):
+            raise Went(f"started again without such a request as {rule}")
+        return outcome
+
+    return injure
+
+
 def the_driver(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
     """SIGKILL to the process that the user started, of a job whose workers are elsewhere."""
     return job.hurt(job.kill)
@@ -121,4 +195,9 @@ KINDS = [
     Kind("after a record, whose reply is lost", 0, at_request(fault="stall_after", method="PUT", path="/records/")),
     Kind("while an older checkpoint is deleted", 0, at_request(fault="blackhole", method="DELETE|POST")),
     Kind("before rows are written", 0, at_request(fault="blackhole", method="PUT", path="/metrics/")),
+    Kind("the bucket fails writes of states", 0, failing_write(method="PUT", path="/states/")),
+    Kind("the bucket fails writes of records", 0, failing_write(method="PUT", path="/records/")),
+    Kind("the bucket fails writes of rows", 0, failing_write(method="PUT", path="/metrics/")),
+    Kind("the bucket fails reads of the state to go on from", 0, failing_read(method="GET", path="/states/")),
+    Kind("the bucket fails reads of records", 0, failing_read(method="GET|HEAD", path="/records/")),
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.__main__ import injected, place
+from tests.faults.inject import injected, place
 from tests.faults.kinds import KINDS, Place
 from tests.s3.server import which_server
 

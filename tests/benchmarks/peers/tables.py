@@ -160,16 +160,16 @@ def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write_between_markers(path: Path, text: str) -> None:
+def write_between_markers(path: Path, text: str, *, begin: str = BEGIN) -> None:
     """Replaces what stands between the markers."""
-    before, after = around_markers(path)
-    path.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}")
+    before, after = around_markers(path, begin=begin)
+    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{END}{after}")
 
 
-def around_markers(path: Path) -> tuple[str, str]:
+def around_markers(path: Path, *, begin: str = BEGIN) -> tuple[str, str]:
     """The text before and after the markers. Raises ValueError where they are missing."""
-    before, begin, rest = path.read_text().partition(BEGIN)
+    before, found, rest = path.read_text().partition(begin)
     _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{path.name} has no place for the table; put {BEGIN} and {END} where it belongs")
+    if not (found and end):
+        raise ValueError(f"{path.name} has no place for the table; put {begin} and {END} where it belongs")
     return before, after
