@@ -79,7 +79,10 @@ def injections(kind: Kind, *, times: int, seed: int) -> dict[str, Any]:
         into = Path(folder) / "outcomes"
         into.touch()
         command = [sys.executable, "-m", "tests.faults.inject", kind.name, f"--times={times}", f"--seed={seed}"]
-        status = subprocess.run([*command, f"--into={into}"], cwd=README.parent, check=False).returncode
+        # A session of its own has a share of its own where a machine is busy.
+        status = subprocess.run(
+            [*command, f"--into={into}"], cwd=README.parent, check=False, start_new_session=True
+        ).returncode
         lines = [json.loads(text) for text in into.read_text().splitlines()]
     outcomes = [each for each in lines if "wrong" not in each]
     ends = [each["wrong"] for each in lines if "wrong" in each] or [f"ended with status {status}"]
