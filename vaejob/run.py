@@ -226,6 +226,8 @@ def restorable(run: Bucket, *, before: int | None = None) -> tuple[Record | None
         try:
             record = read_record(run, images_seen)
             return record, read_state(run, record), damage
+        except RunError:
+            continue  # an earlier start that still lived has tidied it away since it was listed
         except CheckpointError as error:
             damage.append(f"passed over the checkpoint at {images_seen} images: {error}")
     if damage:
