@@ -18,7 +18,7 @@ from tests.job.nodes import Nodes
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row, newest_record, read_rows, recorded_images
 
-SOON_SECONDS = 300.0
+SOON_SECONDS = 600.0
 """What takes longer to train again is a hang, also on a machine that is busy with other things."""
 FOR_EVER = 10**12
 REPORT_EVERY = 640
