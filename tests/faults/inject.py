@@ -68,13 +68,13 @@ def place() -> Iterator[Place]:
             # Ray's processes would wait for all others of a busy machine.
             os.environ.update(RAY_worker_niceness="0")
             pack_digits("s3://faults/digits")
-            yield Place(Path(folder), proxy)
+            yield Place(Path(folder), proxy, server.port)
 
 
 def injected(kinds: Sequence[Kind], here: Place, *, name: str, seed: int) -> Iterator[Outcome]:
     """The outcome of each, one after the other in one job. Raises Went if it did what it must not do, in the end too."""
     chance, name = random.Random(f"{seed} {name}"), re.sub("[^A-Za-z0-9]+", "-", name)
-    job = here.job(name, workers=kinds[0].workers, standing=kinds[0].standing)
+    job = here.job(name, workers=kinds[0].workers, on=kinds[0].on)
     try:
         for kind in kinds:
             job.train_a_while(IMAGES_BETWEEN)

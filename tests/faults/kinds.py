@@ -4,11 +4,16 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.faults.jobs import FOR_EVER, SOON_SECONDS, HurtJob, Outcome, Went
+from tests.faults.network import Network
+from tests.job.nodes import Nodes
 from tests.s3.faultproxy import FaultProxy, Rule
+
+On = Literal["its own", "nodes", "network"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,10 @@ class Place:
 
     folder: Path
     proxy: FaultProxy
+    store_port: int
+    """Of the server behind the proxy."""
 
-    def job(self, name: str, *, workers: int, images: int = FOR_EVER, standing: bool = False) -> HurtJob:
+    def job(self, name: str, *, workers: int, images: int = FOR_EVER, on: On = "its own") -> HurtJob:
         return HurtJob(
             self.folder,
             name,
@@ -27,7 +34,7 @@ class Place:
             images=images,
             workers=workers,
             store=f"http://127.0.0.1:{self.proxy.port}",
-            standing=standing,
+            cluster={"its own": None, "nodes": Nodes, "network": partial(Network, store_port=self.store_port)}[on],
         )
 
 
@@ -39,8 +46,8 @@ class Kind:
     name: str
     workers: int
     injure: Injure
-    standing: bool = False
-    """Whether the workers are on a cluster of a head and two nodes that was there before the job."""
+    on: On = "its own"
+    """The cluster; others are there before the job, of a head and two nodes, in networks of their own if need be."""
 
 
 def all_of_it(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
@@ -175,6 +182,25 @@ def a_node(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
     return job.hurt(kill)
 
 
+def cut_off(how: Callable[[Network, Any], None]) -> Injure:
+    """A node that runs a worker can no longer be reached, and goes on; another takes its place, and then it is back."""
+
+    def injure(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+        node = job.on.pop(chance.randrange(len(job.on)))
+
+        def fault() -> None:
+            how(job.nodes, node)
+            job.on += job.nodes.add()
+
+        outcome = job.hurt(fault)
+        job.nodes.heal(node)
+        job.train_a_while(2_000)
+        job.nodes.lose(node)
+        return outcome
+
+    return injure
+
+
 def the_cluster(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
     """SIGKILL to every node, the head too; the command is repeated on a new cluster."""
     return job.hurt(job.new_nodes)
@@ -185,9 +211,12 @@ KINDS = [
     Kind("all of a job with 2 workers and its cluster", 2, all_of_it),
     Kind("a worker of 2", 2, process("RayTrainWorker")),
     Kind("Ray Train's controller", 2, process("TrainController")),
-    Kind("the driver, whose workers are on a cluster", 2, the_driver, standing=True),
-    Kind("a node of 2", 2, a_node, standing=True),
-    Kind("the head and all nodes", 2, the_cluster, standing=True),
+    Kind("the driver, whose workers are on a cluster", 2, the_driver, on="nodes"),
+    Kind("a node of 2", 2, a_node, on="nodes"),
+    Kind("a machine of 2", 2, a_node, on="network"),
+    Kind("the link of a machine, which comes back", 2, cut_off(Network.cut), on="network"),
+    Kind("a machine in silence, which comes back", 2, cut_off(Network.silence), on="network"),
+    Kind("the head and all nodes", 2, the_cluster, on="nodes"),
     Kind("before a state is uploaded", 0, at_request(fault="blackhole", method="PUT", path="/states/")),
     Kind("in the middle of a state", 0, at_request(fault="req_stall", at=1000, method="PUT", path="/states/")),
     Kind("between the files of a state", 2, at_request(fault="blackhole", method="PUT", path="/states/.*1of2")),

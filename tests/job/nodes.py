@@ -25,6 +25,7 @@ class Nodes:
             lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         )
         self.address = str(self._cluster.address)
+        self.enter: list[str] = []
         self.env = {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled"}
 
     def add(self, count: int = 1) -> list[Any]:
