@@ -24,6 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.job.conftest import DIGITS_JOB, kill_tree, pack_digits
+from tests.job.nodes import started
 
 LONGEST_SECONDS = 300.0
 GOAL = 1.3
@@ -161,7 +162,7 @@ def bare(folder: Path, workers: int) -> None:
             optimizer.step()
             note_step(folder)
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    started(lambda: ray.init(address="local", include_dashboard=False, log_to_driver=False))
     TorchTrainer(
         train,
         train_loop_config={},

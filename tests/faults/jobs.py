@@ -148,7 +148,7 @@ class HurtJob:
     def reported(self) -> int:
         return max((row["images_seen"] for row in self.newest_reports().values()), default=0)
 
-    def hurt(self, fault: Callable[[], None]) -> Outcome:
+    def hurt(self, fault: Callable[[], object]) -> Outcome:
         """Does it, and waits until an attempt that was not there before has reported training.
 
         Repeats the command if the job has ended.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tests.faults.jobs import FOR_EVER, SOON_SECONDS, HurtJob, Outcome, Went
 from tests.faults.network import Network
+from tests.job.memory import kill_for_memory
 from tests.job.nodes import Nodes
 from tests.s3.faultproxy import FaultProxy, Rule
 
@@ -64,6 +65,17 @@ def process(name: str) -> Injure:
         return job.hurt(child.kill)
 
     return injure
+
+
+def out_of_memory(job: HurtJob, place: Place, chance: random.Random) -> Outcome:
+    """The kernel kills a worker for its memory; the job is to say so, and to go on by itself."""
+    child = job.child("RayTrainWorker")
+    if child is None:
+        raise Went("runs without a worker")
+    outcome = job.hurt(lambda: kill_for_memory(child))
+    if "killed: by the kernel where memory runs out" not in job.said():
+        raise Went(f"does not say that a worker was killed: {job.said()}")
+    return outcome
 
 
 def at_request(**rule: Any) -> Injure:
@@ -210,6 +222,7 @@ KINDS = [
     Kind("all of a job in one process", 0, all_of_it),
     Kind("all of a job with 2 workers and its cluster", 2, all_of_it),
     Kind("a worker of 2", 2, process("RayTrainWorker")),
+    Kind("a worker of 2, by the kernel for its memory", 2, out_of_memory),
     Kind("Ray Train's controller", 2, process("TrainController")),
     Kind("the driver, whose workers are on a cluster", 2, the_driver, on="nodes"),
     Kind("a node of 2", 2, a_node, on="nodes"),
