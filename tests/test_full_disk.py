@@ -53,7 +53,7 @@ def test_a_full_disk_ends_a_job_in_a_line_and_the_next_start_goes_on(small_disk:
         assert token
         train_here(job, on_event=on_event, should_stop=lambda: False, token=token)
 
-    with pytest.raises(BucketError, match=r"^\S+ cannot be written: No space left on device$"):
+    with pytest.raises(BucketError, match=r"^\S+ cannot be written: No space left on device"):
         train(job(small_disk), on_event=fill)
     record, damage = newest_record(open_bucket(f"{small_disk}/run"))
     assert record
