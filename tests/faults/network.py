@@ -108,7 +108,7 @@ class Network:
         with log.open("w") as said:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script],
-                stdout=said, stderr=said, env={**os.environ, **self.env}, start_new_session=True,
+                stdout=said, stderr=said, env={**os.environ, **self.env},
             )  # fmt: skip
         try:
             wait_until_says(log, "Ray runtime started", process)
