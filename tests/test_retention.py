@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3.faultproxy import FaultProxy
+from tests.s3.server import S3Server, client
 from tests.test_fencing import Start
 from tests.test_step import JOB
 from vaejob.config import JobConfig
@@ -94,3 +96,32 @@ def test_leftovers_of_killed_writers_go_when_they_are_old(tmp_path: Path) -> Non
     assert run.remove_leftovers() == 1
     assert (old.exists(), fresh.exists(), run.read("states/10/a")) == (False, True, b"kept")
     assert DirectoryBucket(str(tmp_path / "none")).remove_leftovers() == 0
+
+
+@pytest.mark.s3
+def test_uploads_in_parts_that_were_broken_off_are_ended_in_this_run_alone(s3_bucket: str, s3_server: S3Server) -> None:
+    store, bucket = client(s3_server), s3_bucket.removeprefix("s3://")
+    for key in ("runs/a/states/10/x", "runs/a/states/10/y", "runs/ab/states/10/x", "runs/other"):
+        store.create_multipart_upload(Bucket=bucket, Key=key)
+
+    def left() -> list[str]:
+        return sorted(upload["Key"] for upload in store.list_multipart_uploads(Bucket=bucket).get("Uploads", []))
+
+    run = open_bucket(f"{s3_bucket}/runs/a")
+    run.write("states/10/x", b"kept")
+    assert run.remove_leftovers() == 0  # a writer may be at work on them
+    assert len(left()) == 4
+    assert run.remove_leftovers(older_than_s=-5) == 2
+    assert left() == ["runs/ab/states/10/x", "runs/other"]
+    assert run.read("states/10/x") == b"kept"
+
+
+@pytest.mark.s3
+def test_a_store_that_does_not_let_uploads_be_ended_ends_no_start(
+    s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultProxy(upstream=s3_server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        proxy.strike({"fault": "status", "code": 403, "s3code": "AccessDenied", "path": "uploads"})
+        assert open_bucket(f"{s3_bucket}/runs/a").remove_leftovers() == 0
+        assert any(request["fault"] for request in proxy.log)

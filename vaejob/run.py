@@ -19,7 +19,6 @@ from vaejob.errors import CheckpointError, DataError, RunError
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.likelihood.pixels import check_total_mass
 from vaejob.storage import Bucket, join, open_bucket
-from vaejob.storage.directory import DirectoryBucket
 from vaejob.storage.fence import Token, newest_token
 from vaejob.storage.patience import Patience
 from vaejob.storage.retry import retries_so_far
@@ -93,8 +92,7 @@ def begin(job: JobConfig) -> Token | None:
     record, _ = newest_record(inputs.run)
     if record and record.images_seen >= job.training.images:
         return None
-    if isinstance(inputs.run, DirectoryBucket):
-        inputs.run.remove_leftovers()
+    inputs.run.remove_leftovers()
     who = f"{datetime.now(UTC).isoformat(timespec='seconds')} pid {os.getpid()} on {platform.node()}"
     return begin_attempt(inputs.run, job, who=who)
 
@@ -225,6 +223,8 @@ def restorable(run: Bucket, *, before: int | None = None) -> tuple[Record | None
         try:
             record = read_record(run, images_seen)
             return record, read_state(run, record), damage
+        except RunError:
+            continue  # an earlier start that still lived has tidied it away since it was listed
         except CheckpointError as error:
             damage.append(f"passed over the checkpoint at {images_seen} images: {error}")
     if damage:

@@ -14,18 +14,19 @@ import psutil
 import pyarrow.parquet as pq
 
 from tests.job.conftest import kill_tree
-from tests.job.nodes import Nodes
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row, newest_record, read_rows, recorded_images
 
-SOON_SECONDS = 180.0
-"""What takes longer to train again is a hang."""
+SOON_SECONDS = 600.0
+"""What takes longer to train again is a hang, also on a machine that is busy with other things."""
+FOR_EVER = 10**12
+REPORT_EVERY = 640
 JOB = """
 run: {{name: {name}, bucket: "{runs}"}}
 data: {{train: "{data}/train", test: "{data}/test", global_batch: 64, lanes: 6, window_rows: 64}}
 model: {{family: mlp, latent: 8, hidden: [64, 64]}}
 likelihood: {{pixels: discretized-logistic, bits: 4}}
-training: {{images: {images}, report_every_images: 640, evaluate_every_images: 6400}}
+training: {{images: {images}, report_every_images: {report_every}, evaluate_every_images: 6400}}
 checkpoint: {{every_images: 1280}}
 cluster: {{workers: {workers}, wait_seconds: 120, max_failures: 1000}}
 """
@@ -59,18 +60,21 @@ class HurtJob:
         *,
         data: str,
         runs: str,
-        images: int,
+        images: int = FOR_EVER,
         workers: int,
         store: str,
-        standing: bool,
+        cluster: Callable[[], Any] | None = None,
     ) -> None:
+        """cluster: makes one that is there before the job."""
         self._file = folder / f"{name}.yaml"
-        self._file.write_text(JOB.format(name=name, runs=runs, data=data, images=images, workers=workers))
+        self._settings = {"name": name, "runs": runs, "data": data, "workers": workers, "report_every": REPORT_EVERY}
+        self._file.write_text(JOB.format(images=images, **self._settings))
         self._env = {**os.environ, "AWS_ENDPOINT_URL": store}
-        self._nodes: Nodes | None = None
+        self._cluster = cluster
+        self._nodes: Any = None
         self.on: list[Any] = []
-        """Nodes for one worker each, of a cluster that was there before the job."""
-        if standing:
+        """Nodes for one worker each, of such a cluster."""
+        if cluster:
             self.new_nodes()
         self._log = (folder / f"{name}.log").open("a+")
         self.run = open_bucket(f"{runs}/{name}")
@@ -78,7 +82,7 @@ class HurtJob:
         self.start()
 
     @property
-    def nodes(self) -> Nodes:
+    def nodes(self) -> Any:
         assert self._nodes is not None
         return self._nodes
 
@@ -88,7 +92,8 @@ class HurtJob:
             for node in self.on:
                 self._nodes.lose(node)
             self._nodes.shutdown()
-        self._nodes = Nodes()
+        assert self._cluster
+        self._nodes = self._cluster()
         self.on = self._nodes.add(2)
         self._env |= self._nodes.env
 
@@ -100,7 +105,8 @@ class HurtJob:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "vaejob", "train", str(self._file), "--quiet"]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=self._env)
+        enter = self._nodes.enter if self._nodes else []
+        self.process = subprocess.Popen([*enter, *command], stdout=self._log, stderr=self._log, env=self._env)
 
     def said(self) -> str:
         self._log.seek(0)
@@ -137,12 +143,12 @@ class HurtJob:
                 raise Went(f"ended with status {self.process.returncode} before anything was done to it: {self.said()}")
             if time.monotonic() > deadline:
                 raise Went(f"no progress in {SOON_SECONDS:.0f} s: {self.said()}")
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def reported(self) -> int:
         return max((row["images_seen"] for row in self.newest_reports().values()), default=0)
 
-    def hurt(self, fault: Callable[[], None]) -> Outcome:
+    def hurt(self, fault: Callable[[], object]) -> Outcome:
         """Does it, and waits until an attempt that was not there before has reported training.
 
         Repeats the command if the job has ended.
@@ -171,7 +177,31 @@ class HurtJob:
                 repeated = True
             if time.monotonic() > deadline:
                 raise Went(f"did not train again within {SOON_SECONDS:.0f} s: {self.said()}")
-            time.sleep(0.05)
+            time.sleep(0.2)
+
+    def outlast(self, fault: Callable[[], None]) -> Outcome:
+        """Does it, and waits for a checkpoint that was begun after it, of a job that goes on by itself."""
+        attempts = set(self.newest_reports())
+        fault()
+        hurt_at, reported = time.time(), self.reported()
+        while max(recorded_images(self.run), default=0) <= reported:
+            if self.process.poll() is not None:
+                raise Went(f"ended with status {self.process.returncode}: {self.said()}")
+            if time.time() > hurt_at + SOON_SECONDS:
+                raise Went(f"left no checkpoint within {SOON_SECONDS:.0f} s: {self.said()}")
+            time.sleep(0.2)
+        if set(self.newest_reports()) != attempts:
+            raise Went(f"began anew: {self.said()}")
+        return Outcome(seconds=time.time() - hurt_at, twice=0, lost=0, repeated=False)
+
+    def go_on_to_an_end(self) -> int:
+        """Kills the job and repeats the command with an end; at how many images."""
+        self.kill()
+        images = (self.reported() // REPORT_EVERY + 3) * REPORT_EVERY
+        self._file.write_text(JOB.format(images=images, **self._settings))
+        self.start()
+        self.finish()
+        return images
 
     def finish(self) -> None:
         """To the end, without further faults."""

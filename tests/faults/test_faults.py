@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.__main__ import injected, place
+from tests.faults.inject import injected, place
 from tests.faults.kinds import KINDS, Place
 from tests.s3.server import which_server
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray]
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

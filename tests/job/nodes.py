@@ -21,12 +21,15 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._cluster: Any = started(
+            lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        )
         self.address = str(self._cluster.address)
+        self.enter: list[str] = []
         self.env = {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled"}
 
     def add(self, count: int = 1) -> list[Any]:
-        return [self._cluster.add_node(num_cpus=1) for _ in range(count)]
+        return [started(lambda: self._cluster.add_node(num_cpus=1)) for _ in range(count)]
 
     def lose(self, node: Any) -> None:
         """As a machine that is switched off: everything on it is gone at once."""
@@ -42,6 +45,17 @@ class Nodes:
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
+
+
+def started(start: Callable[[], Any]) -> Any:
+    """What it returns; Ray gives a node 30 s to start, which a busy machine may need several times."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 @contextmanager

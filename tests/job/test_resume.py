@@ -1,6 +1,7 @@
 """A killed job goes on as if it had never been killed; the number of workers changes nothing that is learnt."""
 
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from tests.job.conftest import Vaejob, kill_tree
+from tests.job.memory import kill_for_memory
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row, newest_record, read_rows, recorded_images
 
@@ -80,6 +82,8 @@ def test_killed_with_two_workers_then_with_one_then_three_see_the_batches_of_one
     one = vaejob(*arguments, "run.name=one")
     assert one.returncode == 0, one.stderr
     changing = [*arguments, "run.name=changing"]
+    # What Ray Train would go on from had it kept it here, torn: its controller would die of it.
+    open_bucket(f"{tmp_path}/runs/changing").write("checkpoint_manager_snapshot.json", b'{"checkpoint_results": [')
     for workers in (2, 1):
         settings = [*changing, f"cluster.workers={workers}"]
         kill_in_mid_run(settings, tmp_path / "runs/changing", chance=random.Random(workers), env=ray_head)
@@ -113,10 +117,12 @@ def test_killed_worker_is_started_again_and_no_image_is_missed_or_seen_twice(
         child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()
     ]
     assert len(workers) == 2
-    workers[1].kill()
+    kill_for_memory(workers[1])
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "continuing from the checkpoint at" in said
+    named = f"worker {{}} (pid {workers[1].pid} on {platform.node()}) failed: its process was killed: by the kernel where memory"
+    assert any(named.format(rank) in said for rank in (0, 1)), said
 
     assert vaejob(*arguments, "cluster.workers=0", "run.name=whole").returncode == 0
     assert batches_seen(f"{tmp_path}/runs/killed") == batches_seen(f"{tmp_path}/runs/whole")

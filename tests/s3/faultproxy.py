@@ -39,8 +39,8 @@ _LONG_S = 600.0
 class FaultProxy:
     """`with FaultProxy(upstream=port) as proxy:` listens on proxy.port; proxy.log lists the requests seen."""
 
-    def __init__(self, *, upstream: int) -> None:
-        self._upstream = upstream
+    def __init__(self, *, upstream: int, host: str = "127.0.0.1") -> None:
+        self._upstream, self._host = upstream, host
         self._rules: list[Rule] = []
         self._seen: dict[int, int] = {}
         self._dice = random.Random(0)
@@ -64,7 +64,7 @@ class FaultProxy:
         self._loop.call_later(seconds, lambda: self._loop.create_task(self._listen()))
 
     async def _listen(self) -> None:
-        listener = _bound(self.port)
+        listener = _bound(self._host, self.port)
         self._server = await asyncio.start_server(self._handle, sock=listener, limit=1 << 20)
 
     def __enter__(self) -> "FaultProxy":
@@ -81,7 +81,9 @@ class FaultProxy:
 
     def _serve(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
-        with _bound(0) as reserved:  # bound but not listening: the port stays ours while connections are refused
+        with _bound(
+            self._host, 0
+        ) as reserved:  # bound but not listening: the port stays ours while connections are refused
             self.port = reserved.getsockname()[1]
             self._loop.run_until_complete(self._listen())
             started.set()
@@ -202,11 +204,11 @@ def _bits(chunk: bytes, bytes_per_s: float) -> list[bytes]:
     return [chunk[first : first + size] for first in range(0, len(chunk), size)]
 
 
-def _bound(port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     """A socket that shares its port with others that are ours."""
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    bound.bind(("127.0.0.1", port))
+    bound.bind((host, port))
     return bound
 
 

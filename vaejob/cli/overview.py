@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -15,17 +14,17 @@ from vaejob.likelihood.units import bits_per_dim
 from vaejob.metrics import LikelihoodTotals
 from vaejob.storage import Bucket, open_bucket
 from vaejob.storage.runs import (
-    REQUESTS_AT_ONCE,
     Record,
     Row,
     held_out_nats,
     newest_record,
-    parse_rows,
     read_job,
     read_profile,
     read_record,
+    read_row_files,
     read_rows,
     recorded_images,
+    row_keys,
 )
 
 
@@ -311,10 +310,9 @@ def age_seconds(then: datetime) -> float:
 
 def _last_report(run: Bucket) -> list[Row]:
     """The newest file of reports, by what it says of its start and its place; names go by clocks, but for those of one attempt."""
-    newest = {key.rpartition("-")[0]: key for key in run.keys("metrics/")}
+    newest = {key.rpartition("-")[0]: key for key in row_keys(run)}
     best: tuple[tuple[int, int], list[Row]] = ((-1, -1), [])
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        for place, rows in map(parse_rows, pool.map(run.read, newest.values())):
-            if place >= best[0]:  # those of one place keep the order of their names, as in read_rows
-                best = (place, rows)
+    for place, rows in read_row_files(run, list(newest.values())):
+        if place >= best[0]:  # those of one place keep the order of their names, as in read_rows
+            best = (place, rows)
     return best[1]

@@ -132,17 +132,17 @@ def _reported(
 def lost_rows(run: "Overview") -> "list[Row]":
     """Reports that are left out of its history, since a later attempt began before them; each is read from its end."""
     from vaejob.storage import open_bucket
-    from vaejob.storage.runs import parse_rows
+    from vaejob.storage.runs import read_row_files, row_keys
 
     kept = {(row["attempt"], row["split"], row["images_seen"]) for row in run.rows}
     bucket = open_bucket(run.address)
     lost: list[Row] = []
     of_attempts: dict[str, list[str]] = {}
-    for key in bucket.keys("metrics/"):
+    for key in row_keys(bucket):
         of_attempts.setdefault(key.rpartition("-")[0], []).append(key)
     for keys in of_attempts.values():
         for key in reversed(keys):
-            _, rows = parse_rows(bucket.read(key))
+            ((_, rows),) = read_row_files(bucket, [key])
             gone = [row for row in rows if (row["attempt"], row["split"], row["images_seen"]) not in kept]
             lost = gone + lost
             if len(gone) < len(rows):

@@ -24,6 +24,7 @@ from vaejob.errors import ClusterError
 HEALTH_CHECK_SECONDS = 0.5
 DRAIN_CHECK_SECONDS = 1.0
 OWN_CLUSTER_SECONDS = 5.0
+STARTS_OF_A_NODE = 4
 LONGEST_FOLDER = 41
 """Bytes: Ray puts sockets below its folder, and their paths end at 107."""
 
@@ -141,9 +142,7 @@ def _connected(where: dict[str, Any]) -> Iterator[None]:
         # Whatever log_to_driver says, Ray prints to stdout how workers and nodes end; its own log files have that too.
         ray_worker._worker_logs_enabled = False
         try:
-            ray.init(
-                **where, namespace="vaejob", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
-            )
+            _init(where)
         except BaseException as error:
             failures.append(error)
         joined.set()
@@ -160,6 +159,19 @@ def _connected(where: dict[str, Any]) -> Iterator[None]:
     finally:
         leave.set()
         holder.join()
+
+
+def _init(where: dict[str, Any]) -> None:
+    """Ray gives a node of its own 30 seconds to start, which are too few where a machine is busy with other things."""
+    for last in (*(False for _ in range(STARTS_OF_A_NODE - 1)), True):
+        try:
+            ray.init(
+                **where, namespace="vaejob", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
+            )
+            return
+        except Exception as error:
+            if last or "timed out during startup" not in str(error):
+                raise
 
 
 def _refuse_silent(address: str, *, wait_seconds: float, should_stop: Callable[[], bool]) -> None:

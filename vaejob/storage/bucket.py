@@ -4,6 +4,9 @@ from typing import Protocol, runtime_checkable
 
 from vaejob.errors import BucketError
 
+LEFTOVER_S = 86_400.0
+"""No writer needs so long for one blob."""
+
 
 class NotOffered(BucketError):  # noqa: N818 - a state of the store
     """The store, or its settings here, has no such request."""
@@ -55,4 +58,8 @@ class Bucket(Protocol):
 
     def delete(self, key: str) -> None:
         """Removes the blob; a key that holds none is no error."""
+        ...
+
+    def remove_leftovers(self, *, older_than_s: float = LEFTOVER_S) -> int:
+        """Removes what killed writers have left and no listing shows, as far as the store lets it; how many."""
         ...

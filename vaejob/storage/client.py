@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # obstore has these for type checkers only, and the last need
 
 ObjectStore = S3Store | GCSStore | AzureStore
 
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
 class Place(NamedTuple):
@@ -83,7 +83,7 @@ def _open_s3(place: Place, options: "ClientConfig", retries: "RetryConfig") -> S
 
 def _endpoint() -> str | None:
     """Where requests go, if the environment says so; UserError for plain HTTP, which shows data and keys to a network."""
-    name = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    name = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if name is None:
         return None
     endpoint = os.environ[name]

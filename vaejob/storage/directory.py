@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vaejob.errors import BucketError, ObjectMissing
+from vaejob.storage.bucket import LEFTOVER_S
 from vaejob.storage.keys import check_span, checked, checked_folder, parent
 
 _TEMPORARY = ".vaejob-"  # a writer that is killed leaves a file of this name, which is no key
-LEFTOVER_S = 86_400.0  # no writer needs so long for one file
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -72,7 +72,6 @@ class DirectoryBucket:
             self._remove_empty_folders(path.parent)
 
     def remove_leftovers(self, *, older_than_s: float = LEFTOVER_S) -> int:
-        """Deletes what killed writers have left, which no listing shows; how many files."""
         before, found = time.time() - older_than_s, 0
         for path in self._root.rglob(f"{_TEMPORARY}*"):
             with suppress(OSError):  # its writer lives and has just finished, or it is not ours to delete

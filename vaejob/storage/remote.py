@@ -11,9 +11,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from vaejob.errors import BucketError, ObjectMissing
+from vaejob.storage.bucket import LEFTOVER_S
 from vaejob.storage.client import open_store, parse_place
 from vaejob.storage.failures import Replaced, ShortReply, cause_of, code_of, one_line, status_of, verdict
 from vaejob.storage.keys import check_span, checked, checked_folder, parent, span
+from vaejob.storage.parts import end_broken_uploads
 from vaejob.storage.retry import Outage, with_retries
 from vaejob.storage.secrets import redact
 
@@ -139,6 +141,9 @@ class RemoteBucket:
     def delete(self, key: str) -> None:
         with suppress(ObjectMissing):
             self._try(key, lambda: obstore.delete(self._store, self._path(key)))
+
+    def remove_leftovers(self, *, older_than_s: float = LEFTOVER_S) -> int:
+        return end_broken_uploads(self._place, older_than_s=older_than_s)
 
     def _read_one_version(self, key: str, first: int, last: int | None) -> bytes:
         """All pieces of one object; Replaced if another object takes its place meanwhile."""

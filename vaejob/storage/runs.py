@@ -185,8 +185,8 @@ def read_record(run: Bucket, images_seen: int) -> Record:
 
 def recorded_images(run: Bucket) -> list[int]:
     """images_seen of every record, oldest first."""
-    names = (key.removeprefix("records/").removesuffix(".json") for key in run.keys("records/"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    found = (re.fullmatch(r"records/(\d{12,})\.json", key) for key in run.keys("records/"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def newest_record(run: Bucket) -> tuple[Record | None, list[str]]:
@@ -201,6 +201,8 @@ def newest_record(run: Bucket) -> tuple[Record | None, list[str]]:
                 if size != file.size:
                     raise CheckpointError(f"{run.url}/{file.key}: {size} bytes, its record says {file.size}")
             return record, damage
+        except RunError:
+            continue  # an earlier start that still lived has tidied it away since it was listed
         except CheckpointError as error:
             damage.append(str(error))
     return None, damage
@@ -304,15 +306,34 @@ def read_profile(run: Bucket) -> list[dict[str, Any]]:
 
 
 def read_rows(run: Bucket) -> list[Row]:
-    """The run's history as if it had never been interrupted: an attempt replaces all that came after its start."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        files = [parse_rows(data) for data in pool.map(run.read, run.keys("metrics/"))]
+    """The run's history as if it had never been interrupted: an attempt replaces all that came after its start.
+
+    Raises CheckpointError for a file of it that is damaged: without its rows the sums would be others.
+    """
     rows: list[Row] = []
-    for _, written in sorted(files, key=lambda file: file[0]):  # those of one place keep the order of their names
+    # Those of one place keep the order of their names.
+    for _, written in sorted(read_row_files(run, row_keys(run)), key=lambda file: file[0]):
         started_at = written[0]["attempt_started_at_images"]
         attempt = written[0]["attempt"]
         rows = [row for row in rows if row["attempt"] == attempt or row["images_seen"] <= started_at] + written
     return rows
+
+
+def row_keys(run: Bucket) -> list[str]:
+    """Of the files of reports; what else lies beside them is not ours."""
+    return [key for key in run.keys("metrics/") if re.fullmatch(r"metrics/[^/]+-\d{6,}\.parquet", key)]
+
+
+def read_row_files(run: Bucket, keys: Sequence[str]) -> list[tuple[tuple[int, int], list[Row]]]:
+    """What parse_rows makes of each. Raises CheckpointError for one that is damaged."""
+    files = []
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        for key, data in zip(keys, pool.map(run.read, keys), strict=True):
+            try:
+                files.append(parse_rows(data))
+            except (pa.ArrowException, LookupError, ValueError) as error:
+                raise CheckpointError(f"{run.url}/{key} is damaged: {error}") from None
+    return files
 
 
 def parse_rows(data: bytes) -> tuple[tuple[int, int], list[Row]]:
@@ -324,4 +345,6 @@ def parse_rows(data: bytes) -> tuple[tuple[int, int], list[Row]]:
     table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     said = table.schema.metadata or {}
     begun = int(said.get(BEGUN, 0))
+    if not table.num_rows or not {"attempt", "images_seen"} <= set(table.column_names):
+        raise ValueError("it holds no reports")
     return (begun, int(said[SEQUENCE]) if begun else 0), table.to_pylist()

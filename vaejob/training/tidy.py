@@ -1,7 +1,6 @@
 """What of a run is kept when a checkpoint has been added: the newest, the best, and what a live attempt is writing.
 
-Uploads in parts that were broken off cannot be seen through a bucket's verbs, and are billed all the same: give an object
-store's bucket a rule that ends them after a day (S3: AbortIncompleteMultipartUpload).
+What no listing shows (uploads that were broken off) is removed at the next start: see Bucket.remove_leftovers.
 """
 
 from collections.abc import Sequence
