@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from vaejob.likelihood.levels import GreyLevels, nearest_level, to_grey
 from vaejob.model.noise import BINARIZE, PIXELS, Noise
@@ -35,7 +35,7 @@ class Bernoulli:
         return levels.float()
 
     def log_prob(self, parameters: Float[Tensor, "B P H W"], levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-        if is_compiling() and not torch.is_grad_enabled():
+        if is_compiling() and not is_exporting() and not torch.is_grad_enabled():
             logits = parameters.float().flatten(1)
             ones = (levels.flatten(1) * logits).sum(1)
             return ones - logits.clamp(min=0).sum(1) - sum_of_log1p(logits.abs().neg().exp())
