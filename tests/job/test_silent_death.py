@@ -94,8 +94,12 @@ def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are
     assert board.workers() == [(beat(0, moves=1), 10.0, 3.0)]
     board.beat(beat(0, moves=2))  # any batch, trained or scored
     assert board.workers() == [(beat(0, moves=2), 0.0, 0.0)]
+    now = 120.0
+    reads = beat(0, moves=2)._replace(state_read=(5, 9))  # a large state, slowly
+    board.beat(reads)
+    assert board.workers() == [(reads, 0.0, 0.0)]
 
-    assert board.dismiss() == {0: beat(0, moves=2)}
+    assert board.dismiss() == {0: reads}
     board.beat(beat(1))  # of a process that is yet to be ended
     assert board.workers() == []
     board.beat(beat(0, group="two", moves=0))
