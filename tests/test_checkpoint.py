@@ -4,6 +4,8 @@ import hashlib
 import json
 import pickle
 import secrets
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,33 @@ def test_state_of_the_first_rank_reaches_the_others_bit_for_bit(tmp_path: Path) 
             assert found[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
 
 
+def listener(told: list[tuple[int, int]]) -> Callable[[int, int], None]:
+    return lambda done, total: told.append((done, total))
+
+
+@pytest.mark.s3
+def test_bytes_of_a_state_are_told_as_they_come_and_taken_back_where_they_come_again(
+    s3_bucket: str, s3_env: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"model.{name}": torch.randn(1_500_000) for name in "abc"}
+    written = commit(tmp_path, state, images_seen=10, world_size=2)
+    for path in tmp_path.rglob("*.*"):
+        open_bucket(s3_bucket).write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
+    with FaultProxy(upstream=s3_env.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        proxy.strike({"fault": "corrupt", "at": 0, "method": "GET", "path": "states/", "header": "range", "count": 1})
+        for run, least in ((open_bucket(str(tmp_path)), 2), (open_bucket(s3_bucket), 10)):
+            told: list[tuple[int, int]] = []
+            assert_equal(read_state(run, written, on_progress=listener(told)), state)
+            assert {total for _, total in told} == {sum(sizes)}
+            assert told[-1] == (sum(sizes), sum(sizes))
+            assert max(done for done, _ in told) == sum(sizes)
+            assert len(told) >= least
+            back = [before - after for (before, _), (after, _) in pairwise(told) if after < before]
+            assert back == [] if "://" not in run.url else len(back) == 1 and back[0] in sizes
+
+
 class GlooWorker:
     """One of several processes on this machine."""
 
@@ -311,6 +340,9 @@ class GlooWorker:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
+
+    def reading(self, done: int, total: int) -> None:
+        pass
 
     def told_by_first(self, value: Told) -> Told:
         box = [value]

@@ -15,11 +15,12 @@ from torch import Tensor
 from tests.test_bounds import GaussianDensity, LinearVAE, random_images
 from vaejob.config import LikelihoodConfig
 from vaejob.likelihood.bounds import BoundTerms, NegativeELBO
-from vaejob.metrics import _OF_WEIGHTS, LayerTotals, LikelihoodTotals, RunningTotals
+from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals
 from vaejob.model import VAE
 from vaejob.model.gaussian import Gaussian, kl, standard_normal
 from vaejob.model.noise import LATENT, Noise
 from vaejob.model.vae import Inference, Layer
+from vaejob.totals import OF_WEIGHTS
 from vaejob.training.evaluate import evaluate, layer_diagnostics
 
 NATS = st.floats(0, 1e6, width=32) | st.floats(-50, 300, width=32)
@@ -196,8 +197,8 @@ def test_an_image_without_a_finite_bound_has_no_weights():
 
 def test_rows_that_know_no_weights_can_be_read():
     totals = totals_of([(1.0, 2.0, 3.0)])
-    old = {name: value for name, value in totals.to_dict().items() if name not in _OF_WEIGHTS}
-    assert LikelihoodTotals.from_dict(old) == LikelihoodTotals.from_dict(old | dict.fromkeys(_OF_WEIGHTS)) == totals
+    old = {name: value for name, value in totals.to_dict().items() if name not in OF_WEIGHTS}
+    assert LikelihoodTotals.from_dict(old) == LikelihoodTotals.from_dict(old | dict.fromkeys(OF_WEIGHTS)) == totals
     with pytest.raises(KeyError):
         LikelihoodTotals.from_dict({"images": 1})
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from vaejob.likelihood.pixels import (
     make_pixels,
     total_mass,
 )
-from vaejob.likelihood.units import bits_per_dim, nats_per_bit_per_dim
+from vaejob.likelihood.units import bits_per_dim, density_bits, nats_per_bit_per_dim
 from vaejob.model.noise import Noise, image_noise
 
 WILD = st.floats(-1.5, 1.5, width=32) | st.floats(-60, 60, width=32)
@@ -331,6 +332,14 @@ def test_a_density_of_constant_pictures_exceeds_one():
     assert nats > 4000
     corrected = bits_per_dim(-nats, 784) + pixels.density_bits_correction
     assert corrected == pytest.approx(0.5 * math.log2(2 * math.pi) - 1, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("name", get_args(LikelihoodConfig.model_fields["pixels"].annotation))
+def test_what_a_density_lacks_is_known_without_its_model(name, bits):
+    likelihood = LikelihoodConfig(pixels=name, bits=bits, binarize="threshold" if name == "bernoulli" else "none")
+    pixels = make_pixels(likelihood)
+    assert density_bits(likelihood) == (pixels.density_bits_correction if pixels.is_density else None)
 
 
 @pytest.mark.parametrize(

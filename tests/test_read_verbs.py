@@ -4,6 +4,8 @@ import io
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,15 @@ def test_settings_and_runs_fit_a_terminal_of_eighty_columns(
     settings = settings_in_use(vaejob.load(finished_run).job.optimizer)
     optimizer = "\n".join(shown).partition("\noptimizer ")[2].partition("\ndata ")[0].split()
     assert [setting.partition("=")[0] for setting in optimizer] == list(settings)
+
+
+def test_looking_at_runs_loads_no_torch(finished_run: str, home: Path) -> None:
+    look = "import sys; from vaejob.cli import app; app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+    for verb, address in (("runs", f"{home}/runs"), ("show", finished_run), ("diff", f"{finished_run} {finished_run}")):
+        done = subprocess.run(
+            [sys.executable, "-c", look, verb, *address.split()], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "False", verb
 
 
 def test_runs_lists_a_run_without_a_record(copy: Path) -> None:

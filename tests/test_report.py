@@ -417,6 +417,15 @@ def test_a_browser_shows_it_whole_alone_and_accessible(
             assert watched.said == watched.requests == []
 
 
+def test_on_paper_it_is_light_and_nothing_is_cut_off(plain: Path, several: Path) -> None:
+    for path in (plain, several):
+        with opened(path, width=680, scheme="dark") as watched:  # a sheet of A4 within its margins
+            watched.page.emulate_media(media="print")
+            watched.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+            assert watched.page.evaluate("document.documentElement.scrollWidth") <= 680
+            assert watched.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
 def test_a_density_with_all_its_words_fits_a_phone(tmp_path: Path) -> None:
     job = vaejob.load_config("quickstart", "run.bucket=runs", "data.train=digits", "likelihood.pixels=gaussian")
     totals = LikelihoodTotals(images=4, dims=256, negative_bound_nats=-242.06, negative_bound_squares_rest=12.0)

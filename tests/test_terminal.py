@@ -13,10 +13,10 @@ import termios
 import pytest
 
 from tests.test_step import JOB
-from vaejob.cli.terminal import Progress
+from vaejob.cli.terminal import Progress, bytes_read
 from vaejob.config import LikelihoodConfig
 from vaejob.metrics import LikelihoodTotals
-from vaejob.training.worker import Event
+from vaejob.training.worker import Event, reading
 
 
 def row(totals: LikelihoodTotals, *, split: str, started_at: int = 0) -> Event:
@@ -109,14 +109,33 @@ def test_a_second_row_tells_the_trend_epochs_workers_retries_and_the_checkpoint(
     assert re.search(r", 3 retries, checkpoint \d+s old$", second)
 
 
+def test_bytes_of_a_state_are_told_now_and_then_and_not_at_all_if_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaejob.cli.terminal._SECONDS_BETWEEN_LINES", 0.0)
+    for quiet in (False, True):
+        progress = Progress(JOB, quiet=quiet)
+        progress(reading(0, 40_000_000))
+        progress(reading(30_000_000, 40_000_000))
+        with bytes_read(quiet=quiet) as tell:
+            tell(10_000_000, 40_000_000)
+        said = capsys.readouterr()
+        assert said.out == ""
+        line = r"vaejob: reading the checkpoint: {} of 40.0 MB, [\d,.]+ MB/s, \d+s left\n"
+        assert re.fullmatch("" if quiet else line.format("30.0 MB") + line.format("10.0 MB"), said.err)
+
+
 SHOW_ROWS = """
 import time
 from tests.test_step import JOB
 from tests.test_terminal import row
-from vaejob.cli.terminal import Progress, images_done, say
+from vaejob.cli.terminal import Progress, bytes_read, images_done, say
 from vaejob.metrics import LikelihoodTotals
-from vaejob.training.worker import Event
+from vaejob.training.worker import Event, reading
 with Progress(JOB, quiet=False, epoch_images=40) as progress:
+    progress(reading(30_000_000, 120_000_000))
+    time.sleep(0.7)
+    progress(reading(120_000_000, 120_000_000))
     for nats, images_seen in ((16.0, 50), (12.0, 60)):
         told = row(LikelihoodTotals(images=4, dims=64, negative_bound_nats=nats), split="train").body
         progress(Event("row", told | {"images_seen": images_seen, "world_size": 3, "retries": 1}))
@@ -125,18 +144,23 @@ with Progress(JOB, quiet=False, epoch_images=40) as progress:
 with images_done("packing") as tell:
     tell(250, 1000)
     time.sleep(0.3)
+with bytes_read() as tell:
+    tell(2_000_000, 16_000_000)
+    time.sleep(0.3)
 say("word " * 40 + "s3://bucket/" + 70 * "x", indent=9)
 say("done")
 """
 
 
-def in_terminal(columns: int, *, stdout: int | None = None) -> tuple[str, str]:
+def in_terminal(
+    columns: int, *, stdout: int | None = None, program: str = SHOW_ROWS, status: int = 0
+) -> tuple[str, str]:
     """What a terminal of so many columns is sent, and what stdout is where that is no terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     with subprocess.Popen(
-        [sys.executable, "-c", SHOW_ROWS], env=environment | {"TERM": "xterm"}, stdin=theirs,
+        [sys.executable, "-c", program], env=environment | {"TERM": "xterm"}, stdin=theirs,
         stdout=theirs if stdout is None else stdout, stderr=theirs,
     ) as shown:  # fmt: skip
         os.close(theirs)
@@ -146,7 +170,7 @@ def in_terminal(columns: int, *, stdout: int | None = None) -> tuple[str, str]:
                 sent += part
         os.close(ours)
         rest = shown.stdout.read() if shown.stdout else b""
-    assert shown.returncode == 0, sent
+    assert shown.returncode == status, sent
     return sent.decode(), rest.decode()
 
 
@@ -165,9 +189,38 @@ def test_terminal_shows_where_the_job_is_within_its_width_and_cleans_up(columns:
         r"\ds left, 2 images/s, 0.2705 bits/dim, -0.0902 since the last, epoch 1.5 of 2.5, "
         r"3 workers, 2 retries, checkpoint \d+s old, report \d+s old", shown,
     )  # fmt: skip
-    assert re.search(r"packing .* 250/1000 images, [\d,]+/s, \d+s left", shown)
+    assert re.search(r"packing .* 250 of 1,000 images, [\d,]+/s, \d+s left", shown)
+    assert re.search(r"30.0 MB of 120.0 MB, [\d,.]+ MB/s, \ds left reading the checkpoint", shown)
+    assert re.search(r"reading the checkpoint \S+ 2.0 MB of 16.0 MB, [\d,.]+ MB/s, \d+s left", shown)
     assert sent.rindex("\x1b[?25h") > sent.rindex("\x1b[?25l")  # the cursor is back
     assert [line for line in lines if line][-1] == "done"
+
+
+STOP_TWICE = """
+import os, signal
+from tests.test_step import JOB
+from vaejob.cli.terminal import Progress
+from vaejob.cli.train import StopFlag
+stop = StopFlag()
+with Progress(JOB, quiet=False):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop()
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on")
+"""
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_the_prompt_a_line_and_a_cursor() -> None:
+    sent, _ = in_terminal(80, program=STOP_TWICE, status=130)
+    told = "vaejob: saving a checkpoint, then stopping; ctrl-C again ends at once"
+    assert told in sent
+    assert "goes on" not in sent
+    assert sent.endswith("\x1b[?25h\r\n")
+    stop = (
+        "from vaejob.cli.train import StopFlag; import os, signal; StopFlag(); [os.kill(os.getpid(), 2) for _ in '12']"
+    )
+    done = subprocess.run([sys.executable, "-c", stop], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{told}\n")
 
 
 def test_what_is_piped_has_no_bars_in_it() -> None:

@@ -165,10 +165,17 @@ def _counted(
         on_progress(done)
 
 
-def load(address: str, *, checkpoint: str = "latest", device: str | torch.device = "cpu") -> LoadedModel:
+def load(
+    address: str,
+    *,
+    checkpoint: str = "latest",
+    device: str | torch.device = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LoadedModel:
     """The model of the run at an address, at its latest or best checkpoint or at a number of images, with the averaged weights
     if the run has them; or that of a folder that `vaejob export` wrote, which has one checkpoint.
 
+    on_progress: hears from any thread how many bytes of a run's state, of how many, have come.
     Raises RunError where there is no run or no such checkpoint, CheckpointError where it is damaged.
     """
     folder = Path(address).expanduser()
@@ -182,7 +189,7 @@ def load(address: str, *, checkpoint: str = "latest", device: str | torch.device
         run = open_bucket(address)
         job = read_job(run)
         record = choose_record(run, checkpoint)
-        tensors = read_state(run, record)
+        tensors = read_state(run, record, on_progress=on_progress)
     scorer = make_scorer(job, shape=record.shape, images=len(tensors.get("model.vae.table", ())))
     load_best(tensors, scorer)
     scorer.to(device).eval()

@@ -40,7 +40,7 @@ from vaejob.training.profile import profiled
 from vaejob.training.resident import batches_on_device
 from vaejob.training.stability import Diverged
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
-from vaejob.training.worker import Event, Report, Told, Worker, patience_with_images
+from vaejob.training.worker import Event, Report, Told, Worker, patience_with_images, reading
 
 
 class Inputs(NamedTuple):
@@ -188,7 +188,8 @@ def _restored(
     chosen: tuple[int, list[str]] | None = None
     tensors: dict[str, Tensor] | None = None
     if worker.rank == 0:
-        record, tensors, damage = restorable(inputs.run, before=_no_longer_good(inputs.run, back) if back else None)
+        before = _no_longer_good(inputs.run, back) if back else None
+        record, tensors, damage = restorable(inputs.run, before=before, on_progress=worker.reading)
         chosen = (record.images_seen if record else 0, damage)
     images_seen, damage = worker.told_by_first(chosen) or (0, [])
     tensors = state_of_first(tensors, worker)
@@ -210,10 +211,12 @@ def _no_longer_good(run: Bucket, back: GoBack) -> int | None:
     return None if newest and newest.attempt == back.attempt else back.started_at_images
 
 
-def restorable(run: Bucket, *, before: int | None = None) -> tuple[Record | None, dict[str, Tensor] | None, list[str]]:
+def restorable(
+    run: Bucket, *, before: int | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[Record | None, dict[str, Tensor] | None, list[str]]:
     """The newest record whose state reads back whole, that state, and a line for each newer one that does not.
 
-    before: of those of fewer images. Raises CheckpointError if there are records and none can be restored: starting over
+    before: of those of fewer images. on_progress: as read_state's. Raises CheckpointError if there are records and none can be restored: starting over
     would hide the loss.
     """
     damage: list[str] = []
@@ -222,7 +225,7 @@ def restorable(run: Bucket, *, before: int | None = None) -> tuple[Record | None
             continue
         try:
             record = read_record(run, images_seen)
-            return record, read_state(run, record), damage
+            return record, read_state(run, record, on_progress=on_progress), damage
         except RunError:
             continue  # an earlier start that still lived has tidied it away since it was listed
         except CheckpointError as error:
@@ -235,15 +238,26 @@ def restorable(run: Bucket, *, before: int | None = None) -> tuple[Record | None
 class ThisProcess:
     """The only worker of a job without a cluster; its reports go straight to the ledger."""
 
-    def __init__(self, ledger: LedgerBeside, *, device: torch.device, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        ledger: LedgerBeside,
+        *,
+        device: torch.device,
+        on_event: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
         self.rank, self.world_size, self.device = 0, 1, device
         self._ledger = ledger
+        self._on_event = on_event
         self.should_stop = should_stop
 
     def report(self, report: Report) -> None:
         self._ledger.add([[report]])
         if report.last:
             self._ledger.wait()
+
+    def reading(self, done: int, total: int) -> None:
+        self._on_event(reading(done, total))
 
     def told_by_first(self, value: Told) -> Told:
         self._ledger.wait()  # an attempt looks in the bucket for what the one before has left
@@ -257,7 +271,7 @@ def train_here(
     should_stop: Callable[[], bool],
     token: Token,
 ) -> None:
-    """Runs the whole job, which has begun, in this process without Ray; events are told on a thread of their own.
+    """Runs the whole job, which has begun, in this process without Ray; events are told on threads of their own.
 
     token: what `begin` returned.
     """
@@ -265,7 +279,7 @@ def train_here(
     device = torch.device("cuda" if job.cluster.gpus_per_worker else "cpu")
     ledger = LedgerBeside(make_ledger(job, inputs, on_event=on_event, token=token))
     try:
-        work(job, ThisProcess(ledger, device=device, should_stop=should_stop))
+        work(job, ThisProcess(ledger, device=device, on_event=on_event, should_stop=should_stop))
     finally:
         ledger.wait()
 

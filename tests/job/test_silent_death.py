@@ -12,6 +12,7 @@ from tests.job.test_resume import batches_seen
 from vaejob.cluster.board import Beat, Board, Seen
 from vaejob.cluster.watch import SILENT_SECONDS, START_PATIENCE, Watch, hung_among
 from vaejob.config import ClusterConfig
+from vaejob.training.worker import Event, reading
 
 
 def beat(rank: int, *, moves: int = 5, group: str = "one", images_seen: int = 640) -> Beat:
@@ -81,6 +82,14 @@ def test_workers_are_not_still_while_one_of_them_waits_for_images_nor_right_afte
     assert len(hung_among(board.workers(), hang_seconds=30)) == 2
 
 
+def test_bytes_of_the_state_that_the_first_worker_reads_are_passed_on() -> None:
+    told: list[Event] = []
+    watch = Watch(ClusterConfig(workers=2), board=None, on_event=told.append)
+    for came in ((0, 0), (4, 9), (4, 9), (9, 9)):
+        watch._look_at([seen(0, still=1)._replace(beat=beat(0)._replace(state_read=came)), seen(1, still=1)])
+    assert told == [reading(4, 9), reading(9, 9)]
+
+
 def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,8 +103,12 @@ def test_board_measures_stillness_from_the_last_move_and_forgets_groups_that_are
     assert board.workers() == [(beat(0, moves=1), 10.0, 3.0)]
     board.beat(beat(0, moves=2))  # any batch, trained or scored
     assert board.workers() == [(beat(0, moves=2), 0.0, 0.0)]
+    now = 120.0
+    reads = beat(0, moves=2)._replace(state_read=(5, 9))  # a large state, slowly
+    board.beat(reads)
+    assert board.workers() == [(reads, 0.0, 0.0)]
 
-    assert board.dismiss() == {0: beat(0, moves=2)}
+    assert board.dismiss() == {0: reads}
     board.beat(beat(1))  # of a process that is yet to be ended
     assert board.workers() == []
     board.beat(beat(0, group="two", moves=0))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaejob.cli.terminal import bits_and_nats, say, say_json, what_it_is_of
-from vaejob.cli.use import Checkpoint, Json, Run
+from vaejob.cli.use import Checkpoint, Json, Quiet, Run, load_told
 from vaejob.cli.verb import require_run
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ def export(
     run: Run,
     out: Annotated[str, typer.Option(help="The folder to write: new or empty.")],
     checkpoint: Checkpoint = "latest",
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """The model as a folder: weights, configuration and a card; vaejob.load(FOLDER) needs neither the bucket nor Ray.
@@ -27,9 +28,9 @@ def export(
     """
     require_run(run)
     from vaejob.export import export as write
-    from vaejob.loaded import load
 
-    model, folder = load(run, checkpoint=checkpoint), Path(out).expanduser().absolute()
+    model = load_told(run, checkpoint=checkpoint, quiet=quiet or as_json, device="cpu")
+    folder = Path(out).expanduser().absolute()
     about = write(model, folder, numbers=_numbers(model))
     if as_json:
         say_json({"folder": str(folder)} | about)
@@ -39,7 +40,7 @@ def export(
 
 def _numbers(model: "LoadedModel") -> str:
     """The held-out likelihood with all that it is of."""
-    from vaejob.metrics import LikelihoodTotals
+    from vaejob.totals import LikelihoodTotals
 
     record, job = model.record, model.job
     if record.held_out is None:

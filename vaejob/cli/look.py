@@ -167,7 +167,7 @@ def _hanging(name: str, said: str) -> str:
 
 def _say_newest(run: "Overview", split: str) -> None:
     from vaejob.cli.overview import newest_identity
-    from vaejob.metrics import LikelihoodTotals
+    from vaejob.totals import LikelihoodTotals
 
     row, identity = run.newest_row(split), newest_identity(run, split)
     if row is None or identity is None:

@@ -6,12 +6,11 @@ from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from vaejob.cli.terminal import bound_name, density_bits
+from vaejob.cli.terminal import bound_name
 from vaejob.config import JobConfig, LikelihoodConfig, Section
 from vaejob.data.batches import open_data
 from vaejob.errors import CheckpointError, RunError, VaejobError
-from vaejob.likelihood.units import bits_per_dim
-from vaejob.metrics import LikelihoodTotals
+from vaejob.likelihood.units import bits_per_dim, density_bits
 from vaejob.storage import Bucket, open_bucket
 from vaejob.storage.runs import (
     Record,
@@ -26,6 +25,7 @@ from vaejob.storage.runs import (
     recorded_images,
     row_keys,
 )
+from vaejob.totals import LikelihoodTotals
 
 
 class Overview(NamedTuple):

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from vaejob.cli.overview import Identity, Overview
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
-    from vaejob.metrics import LikelihoodTotals
     from vaejob.pictures.report.findings import Findings, Told
     from vaejob.pictures.report.reported import Bound, DataCard, ReportedRun
     from vaejob.storage.runs import Record, Row
+    from vaejob.totals import LikelihoodTotals
 
 REPORT_KEY = "report.html"
 IMAGES = 1000
@@ -174,8 +174,8 @@ def _held_out(run: "Overview", record: "Record") -> "Bound | None":
 
 def _trained(run: "Overview") -> "Bound | None":
     from vaejob.cli.overview import newest_identity
-    from vaejob.metrics import LikelihoodTotals
     from vaejob.pictures.report.reported import Bound
+    from vaejob.totals import LikelihoodTotals
 
     row, identity = run.newest_row("train"), newest_identity(run, "train")
     if row is None or identity is None:

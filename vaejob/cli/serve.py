@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from vaejob.cli.terminal import say, warn
+from vaejob.cli.use import Quiet, load_told
 from vaejob.cli.verb import require_run
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -15,6 +16,7 @@ def serve(
     checkpoint: Annotated[str, typer.Option(help="latest, best, or a number of images.")] = "latest",
     host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine may ask.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8642,
+    quiet: Quiet = False,
 ) -> None:
     """A page and a JSON API on this machine: samples, and an image of yours reconstructed, scored and interpolated.
 
@@ -26,15 +28,13 @@ def serve(
     import os
     import socket
 
-    import torch
     from aiohttp import web
 
     from vaejob.errors import OutsideError
-    from vaejob.loaded import load
     from vaejob.serving.answers import encodes, interpolates
     from vaejob.serving.app import make_app
 
-    model = load(run, checkpoint=checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = load_told(run, checkpoint=checkpoint, quiet=quiet)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)

@@ -118,8 +118,8 @@ def _score(
             raise typer.Exit(STOPPED_STATUS)
         if not quiet:
             say(f"scoring {recipe}: training and test images, {samples:,} codes for each test image")
-        model, train = load_for(run_address(job), job.data.train, checkpoint="latest")
-        model, test = load_for(run_address(job), job.data.test, checkpoint="latest")
+        model, train = load_for(run_address(job), job.data.train, checkpoint="latest", quiet=True)
+        model, test = load_for(run_address(job), job.data.test, checkpoint="latest", quiet=True)
         if not rows:
             on_train, on_test = factorised_marginal(model, train, train, test)
             rows["closed-form"] = Told("closed form", "", None, train.manifest.dims, False, on_train, on_test, None)

@@ -88,8 +88,8 @@ def _replace(home: "Bucket", split: str, data: bytes | None) -> None:
 
 def _of_row(run: "Overview", row: "Row") -> "list[Shown]":
     from vaejob.cli.overview import likelihood_numbers
-    from vaejob.metrics import LikelihoodTotals
     from vaejob.pictures.events import Shown
+    from vaejob.totals import LikelihoodTotals
 
     totals, goal, trained = LikelihoodTotals.from_dict(row), run.job.objective, row["split"] == "train"
     if not totals.images:

@@ -7,19 +7,22 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from vaejob.likelihood.units import density_bits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
     from vaejob.config import JobConfig, LikelihoodConfig
-    from vaejob.metrics import LikelihoodTotals
+    from vaejob.totals import LikelihoodTotals
     from vaejob.training.worker import Event
 
 _SECONDS_BETWEEN_LINES = 5.0
 SHOW_CURSOR = "\x1b[?25h"
+READING = "reading the checkpoint"
 
 
 def say(text: str = "", *, indent: int | None = None) -> None:
@@ -44,14 +47,6 @@ def _folded(text: str, stream: TextIO, indent: int) -> str:
 
 def say_json(value: object) -> None:
     print(json.dumps(value, indent=1))
-
-
-def density_bits(likelihood: "LikelihoodConfig") -> float | None:
-    """What a density's bits/dim lack to those of levels, were it times bin width a mass; None for probabilities."""
-    from vaejob.likelihood.pixels import make_pixels
-
-    pixels = make_pixels(likelihood)
-    return pixels.density_bits_correction if pixels.is_density else None
 
 
 def bound_name(samples: int, *, own_codes: bool = False) -> str:
@@ -110,6 +105,9 @@ class Progress:
         self._change: float | None = None  # of the bits/dim, since the row before
         self._retries = 0
         self._saved_at: float | None = None
+        self._reading: tuple[int, int] | None = None  # bytes of a state that have come, of how many
+        self._reading_began = self._began
+        self._lines: Callable[[int, int], None] = lambda done, total: None
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -136,6 +134,8 @@ class Progress:
         match event.kind:
             case "note":
                 warn(event.body["text"])
+            case "reading" if not self._quiet:
+                self._take_reading(**event.body)
             case "status" if not self._quiet:
                 say(event.body["text"], indent=0)
             case "row" if not self._quiet:
@@ -148,8 +148,15 @@ class Progress:
                 say(f"{self._at(event.body['images_seen'])}  checkpoint committed")
                 self._tell_what_is_held_out(event.body)
 
+    def _take_reading(self, done: int, total: int) -> None:
+        if self._reading is None or not done:
+            self._reading_began, self._lines = time.monotonic(), _line_now_and_then(READING, _bytes)
+        self._reading = (done, total) if done < total else None
+        if self._live is None:
+            self._lines(done, total)
+
     def _take(self, row: dict[str, Any]) -> None:
-        from vaejob.metrics import LikelihoodTotals
+        from vaejob.totals import LikelihoodTotals
 
         totals = LikelihoodTotals.from_dict(row)
         bits = None if totals.non_finite else totals.bits_per_dim
@@ -183,12 +190,17 @@ class Progress:
         from rich.text import Text
 
         now, row, total = time.monotonic(), self._newest, self._job.training.images
-        if row is None:
-            return Text(f"{_duration(now - self._began)} since the start, no report yet")
-        seen, rate = row["images_seen"], row["images"] / row["seconds"]
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
+        if self._reading:
+            came, size = self._reading
+            pace = f", {_pace(came, size, _bytes, seconds=now - self._reading_began)}" if came else ""
+            bar.add_row(ProgressBar(total=size, completed=came), f"{_bytes(came)} of {_bytes(size)}{pace}")
+            return Group(bar, Text(READING))
+        if row is None:
+            return Text(f"{_duration(now - self._began)} since the start, no report yet")
+        seen, rate = row["images_seen"], row["images"] / row["seconds"]
         bar.add_row(ProgressBar(total=total, completed=seen), f"{100 * seen / total:.0f} % of {total:,} images")
         silent = now - self._newest_at
         left = max(0.0, (total - seen) / rate - silent)
@@ -208,7 +220,7 @@ class Progress:
 
     def _tell_what_is_held_out(self, record: dict[str, Any]) -> None:
         """Once: it is the same for every row."""
-        from vaejob.metrics import LikelihoodTotals
+        from vaejob.totals import LikelihoodTotals
 
         if self._told or not record["held_out"]:
             return
@@ -219,7 +231,7 @@ class Progress:
         say(f"         held out: {of}", indent=9)
 
     def _row(self, row: dict[str, Any]) -> str:
-        from vaejob.metrics import LikelihoodTotals
+        from vaejob.totals import LikelihoodTotals
 
         totals = LikelihoodTotals.from_dict(row)
         at = self._at(row["images_seen"])
@@ -260,43 +272,64 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
-@contextmanager
-def images_done(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def images_done(what: str, *, quiet: bool = False) -> AbstractContextManager[Callable[[int, int], None]]:
     """Tells how many images of how many are done: a bar on a terminal, else a line every few seconds.
 
     On stderr, so that stdout holds results only.
     """
+    return _told(what, _images, quiet=quiet)
+
+
+def bytes_read(*, quiet: bool = False) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Tells likewise how many bytes of a state, of how many, have come."""
+    return _told(READING, _bytes, quiet=quiet)
+
+
+@contextmanager
+def _told(what: str, amount: Callable[[float], str], *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield (lambda done, total: None) if quiet else _line_now_and_then(what)
+        yield (lambda done, total: None) if quiet else _line_now_and_then(what, amount)
         return
-    columns = TextColumn(what), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("images{task.fields[pace]}")
+    columns = TextColumn(what), BarColumn(bar_width=None), TextColumn("{task.fields[said]}")
     began = time.monotonic()
     with Bars(*columns, console=console, transient=True, expand=True, redirect_stdout=sys.stdout.isatty()) as bars:
-        task = bars.add_task(what, total=None, pace="")
+        task = bars.add_task(what, total=None, said="")
 
         def tell(done: int, total: int) -> None:
-            pace = f", {_pace(done, total, seconds=time.monotonic() - began)}" if done else ""
-            bars.update(task, completed=done, total=total, pace=pace)
+            pace = f", {_pace(done, total, amount, seconds=time.monotonic() - began)}" if done else ""
+            bars.update(task, completed=done, total=total, said=f"{_done_of(done, total, amount)}{pace}")
 
         yield tell
 
 
-def _line_now_and_then(what: str) -> Callable[[int, int], None]:
+def _line_now_and_then(what: str, amount: Callable[[float], str]) -> Callable[[int, int], None]:
     began = last = time.monotonic()
 
     def tell(done: int, total: int) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= _SECONDS_BETWEEN_LINES and done:
             last = now
-            warn(f"{what}: {done:,} of {total:,} images, {_pace(done, total, seconds=now - began)}")
+            warn(f"{what}: {_done_of(done, total, amount)}, {_pace(done, total, amount, seconds=now - began)}")
 
     return tell
 
 
-def _pace(done: int, total: int, *, seconds: float) -> str:
-    return f"{done / seconds:,.0f}/s, {_duration((total - done) / done * seconds)} left"
+def _images(count: float) -> str:
+    return f"{count:,.0f}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _done_of(done: int, total: int, amount: Callable[[float], str]) -> str:
+    return f"{amount(done)} of {amount(total)}{' images' if amount is _images else ''}"
+
+
+def _pace(done: int, total: int, amount: Callable[[float], str], *, seconds: float) -> str:
+    return f"{amount(done / seconds)}/s, {_duration((total - done) / done * seconds)} left"

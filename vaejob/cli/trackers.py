@@ -103,7 +103,7 @@ class Sender:
 def numbers_of(row: dict[str, Any], job: "JobConfig") -> dict[str, float]:
     """What a row says of the images since the row before, as vaejob show --json names it; SPLIT/NAME: value."""
     from vaejob.cli.overview import likelihood_numbers
-    from vaejob.metrics import LikelihoodTotals
+    from vaejob.totals import LikelihoodTotals
 
     totals, split = LikelihoodTotals.from_dict(row), _SPLITS[row["split"]]
     numbers = likelihood_numbers(totals, job.likelihood) if totals.images else {}

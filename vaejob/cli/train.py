@@ -134,10 +134,10 @@ def finish(address: str, job: "JobConfig", *, stopped: bool, as_json: bool) -> N
     from vaejob.cli.overview import held_out_identity, likelihood_numbers, look_at
     from vaejob.cli.report import write_report
     from vaejob.cli.tensorboard import write_events
-    from vaejob.metrics import LikelihoodTotals
     from vaejob.pictures.run_pictures import write_run_pictures
     from vaejob.storage import open_bucket
     from vaejob.storage.runs import newest_record
+    from vaejob.totals import LikelihoodTotals
 
     record, _ = newest_record(open_bucket(address))
     if record is None or record.images_seen < job.training.images:

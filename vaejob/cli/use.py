@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaejob.cli.terminal import bound_name, density_bits, images_done, say, say_json, warn, what_it_is_of
+from vaejob.cli.terminal import bound_name, bytes_read, images_done, say, say_json, warn, what_it_is_of
 from vaejob.cli.verb import require_run
+from vaejob.likelihood.units import density_bits
 
 if TYPE_CHECKING:
     from vaejob.data.batches import DataSet
@@ -22,6 +23,7 @@ Checkpoint = Annotated[str, typer.Option(help="latest, best (held-out bound), or
 Data = Annotated[str | None, typer.Option(help="Address of packed images; default: the run's held-out images.")]
 Out = Annotated[str, typer.Option(help="The PNG file to write.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object, at full precision.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the result.")]
 
 
 class PrecisionName(StrEnum):
@@ -44,7 +46,7 @@ def evaluate(
     layers: Annotated[
         bool, typer.Option("--layers", help="Also the rate and active units of each layer of codes.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the result.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """The bound on the likelihood of a data set's images, each seen once.
@@ -55,7 +57,7 @@ def evaluate(
     """
     from vaejob.errors import RunError
 
-    model, images = load_for(run, data, checkpoint=checkpoint)
+    model, images = load_for(run, data, checkpoint=checkpoint, quiet=quiet or as_json)
     with images_done("evaluating", quiet=quiet or as_json) as on_progress:
         if workers:
             from vaejob.cluster.evaluate import evaluate_on_cluster
@@ -107,6 +109,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other samples.")] = 0,
     mean: Annotated[bool, typer.Option("--mean", help="The mean of each pixel instead of a draw.")] = False,
     checkpoint: Checkpoint = "latest",
+    quiet: Quiet = False,
 ) -> None:
     """Pictures drawn from the model: codes from the prior, decoded.
 
@@ -115,10 +118,9 @@ def sample(
       vaejob sample s3://models/mnist-iwae-1 --out samples.png --mean
     """
     require_run(run)
-    from vaejob.loaded import load
     from vaejob.pictures.grid import grid, png_bytes
 
-    images = load(run, checkpoint=checkpoint, device=_device()).sample(count, seed=seed, mean=mean)
+    images = load_told(run, checkpoint=checkpoint, quiet=quiet).sample(count, seed=seed, mean=mean)
     _write(out, png_bytes(grid(images, columns=_columns(count))))
 
 
@@ -128,6 +130,7 @@ def reconstruct(
     data: Data = None,
     count: Annotated[int, typer.Option(min=1, max=4096, help="How many images.")] = 16,
     checkpoint: Checkpoint = "latest",
+    quiet: Quiet = False,
 ) -> None:
     """Images from all over a data set, each beside what its code decodes to.
 
@@ -135,7 +138,7 @@ def reconstruct(
     Example:
       vaejob reconstruct s3://models/mnist-iwae-1 --out reconstructions.png
     """
-    model, images = load_for(run, data, checkpoint=checkpoint)
+    model, images = load_for(run, data, checkpoint=checkpoint, quiet=quiet)
     from vaejob.pictures.grid import beside, png_bytes
     from vaejob.pictures.run_pictures import reconstruct_some
 
@@ -150,6 +153,7 @@ def interpolate(
     steps: Annotated[int, typer.Option(min=2, max=64, help="Pictures on the way.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other pairs.")] = 0,
     checkpoint: Checkpoint = "latest",
+    quiet: Quiet = False,
 ) -> None:
     """From one held-out image to another: codes on a straight line, decoded, with the originals at both ends.
 
@@ -157,7 +161,7 @@ def interpolate(
     Example:
       vaejob interpolate s3://models/mnist-iwae-1 --out between.png --steps 10
     """
-    model, images = load_for(run, data, checkpoint=checkpoint)
+    model, images = load_for(run, data, checkpoint=checkpoint, quiet=quiet)
     from vaejob.pictures.grid import grid, png_bytes
     from vaejob.pictures.interpolate import interpolate
 
@@ -185,14 +189,21 @@ def _layer_numbers(layers: "LayerTotals | None") -> dict[str, Any]:
     return {"layers": [{"rate_nats": rate, "active_units": active, "units": units} for rate, active, units in columns]}
 
 
-def load_for(run: str, data: str | None, *, checkpoint: str) -> "tuple[LoadedModel, DataSet]":
+def load_told(run: str, *, checkpoint: str, quiet: bool, device: str | None = None) -> "LoadedModel":
+    """The model of a run, on the GPU if there is one; it is told how much of it has come."""
+    from vaejob.loaded import load
+
+    with bytes_read(quiet=quiet) as on_progress:
+        return load(run, checkpoint=checkpoint, device=device or _device(), on_progress=on_progress)
+
+
+def load_for(run: str, data: str | None, *, checkpoint: str, quiet: bool = False) -> "tuple[LoadedModel, DataSet]":
     """The model of a run and the images to use it on. Raises DataError for images of another shape."""
     require_run(run)
     from vaejob.data.batches import open_data
     from vaejob.errors import DataError, RunError
-    from vaejob.loaded import load
 
-    model = load(run, checkpoint=checkpoint, device=_device())
+    model = load_told(run, checkpoint=checkpoint, quiet=quiet)
     address = data or model.job.data.test
     if address is None:
         raise RunError(f"{run} has no held-out images (data.test); name some with --data")

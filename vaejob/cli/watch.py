@@ -9,11 +9,12 @@ from datetime import datetime
 from typing import NamedTuple
 
 from vaejob.cli.overview import Overview, age_seconds, everything, held_out_totals, look_at, training_images
-from vaejob.cli.terminal import _duration, bits_and_nats, bound_name, density_bits, say
+from vaejob.cli.terminal import _duration, bits_and_nats, bound_name, say
 from vaejob.errors import BucketError
-from vaejob.metrics import LikelihoodTotals
+from vaejob.likelihood.units import density_bits
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Row
+from vaejob.totals import LikelihoodTotals
 
 POLL_SECONDS = 2.0
 TREND_REPORTS = 10

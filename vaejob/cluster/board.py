@@ -21,6 +21,8 @@ class Beat(NamedTuple):
     images_seen: int
     waits_for: str = ""
     """What keeps the images from it."""
+    state_read: tuple[int, int] = (0, 0)
+    """Bytes of the state to go on from that have come, of how many."""
 
     def __str__(self) -> str:
         return f"worker {self.rank} (pid {self.pid} on {self.host})"
@@ -86,7 +88,7 @@ class Board:
             self._group, self._workers = beat.group, {}
         now = time.monotonic()
         before, moved_at, _ = self._workers.get(beat.rank, (None, now, now))
-        if before is None or before.moves != beat.moves:
+        if before is None or (before.moves, before.state_read) != (beat.moves, beat.state_read):
             moved_at = now
         self._workers[beat.rank] = (beat, moved_at, now)
         if beat.waits_for:  # its peers stand still with it; none of them hangs, nor right after the wait

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vaejob.config import JobConfig
@@ -67,14 +68,20 @@ def find_job(run: str, client: JobSubmissionClient) -> str:
 
 
 def follow_job(job_id: str, client: JobSubmissionClient, *, write: Callable[[str], None]) -> int:
-    """Passes on the job's log until it ends; the exit status of its driver."""
+    """Passes on the job's log until it ends; the exit status of its driver. Raises ClusterError where the line breaks."""
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job_id):
             write(OF_RAY.sub("", text))
 
-    asyncio.run(tail())
-    return wait_for_end(job_id, client)
+    try:
+        asyncio.run(tail())
+        return wait_for_end(job_id, client)
+    except (RuntimeError, aiohttp.ClientError, OSError) as error:  # OSError: also what requests raises
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClusterError(
+            f"the cluster was lost while its log came: {why}; the job may go on there: look again with vaejob logs"
+        ) from error
 
 
 def log_of(job_id: str, client: JobSubmissionClient) -> str:

@@ -16,7 +16,7 @@ from vaejob.cluster.board import Beat, Seen
 from vaejob.cluster.join import first_line
 from vaejob.config import ClusterConfig
 from vaejob.errors import ClusterError
-from vaejob.training.worker import Event
+from vaejob.training.worker import Event, reading
 
 BOARD_SECONDS = 60
 SILENT_SECONDS = 10
@@ -35,6 +35,7 @@ class Watch:
         self._growth = Growth(config)
         self._world_size = 0
         self._waiting = False
+        self._state_read = (0, 0)
         self.workers_seen_at = time.monotonic()
         """When there were workers last that could save a checkpoint, had they been asked to."""
 
@@ -58,6 +59,10 @@ class Watch:
         if waiting and not self._waiting:
             self._on_event(Event("note", {"text": f"{waiting[0]} waits for images: {waiting[0].waits_for}"}))
         self._waiting = bool(waiting)
+        state_read = max((seen.beat.state_read for seen in workers), default=(0, 0))  # only the first reads it
+        if state_read != self._state_read:
+            self._state_read = state_read
+            self._on_event(reading(*state_read))
         if workers:
             if not waiting:
                 self.workers_seen_at = time.monotonic()

@@ -38,6 +38,7 @@ class RayWorker:
         self._group = ray.get_runtime_context().get_placement_group_id() or ""
         self._reports: list[Report] = []
         self._last: Report | None = None
+        self._state_read = (0, 0)
         self._sent_at = time.monotonic()
         self._asked_at = float("-inf")
         self._every = self._to_go = 1
@@ -55,6 +56,9 @@ class RayWorker:
             self._sent_at = time.monotonic()
         if report.last:
             self._last = report
+
+    def reading(self, done: int, total: int) -> None:
+        self._state_read = (done, total)
 
     def told_by_first(self, value: Told) -> Told:
         if self.world_size == 1:
@@ -112,6 +116,7 @@ class RayWorker:
                 moves=count,
                 images_seen=moves.images_seen,
                 waits_for=waits_for(),
+                state_read=self._state_read,
             )
             self._board.beat.remote(beat)
             time.sleep(SECONDS_BETWEEN_BEATS)

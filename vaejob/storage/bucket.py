@@ -1,5 +1,6 @@
 """Where bytes live: named blobs behind a few verbs, the same for a folder, memory and an object store."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from vaejob.errors import BucketError
@@ -22,8 +23,18 @@ class Bucket(Protocol):
 
     url: str
 
-    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """The blob, or its bytes [start, stop); ObjectMissing if there is none, BucketError if it is shorter."""
+    def read(
+        self,
+        key: str,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> bytes:
+        """The blob, or its bytes [start, stop); ObjectMissing if there is none, BucketError if it is shorter.
+
+        on_bytes: hears from any thread how many more have come; fewer than none where some have to come again.
+        """
         ...
 
     def write(self, key: str, data: bytes) -> None:

@@ -1,18 +1,21 @@
 """A folder as a bucket: every blob is a file, put in place by one rename."""
 
 import errno
+import io
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from vaejob.errors import BucketError, ObjectMissing
 from vaejob.storage.bucket import LEFTOVER_S
 from vaejob.storage.keys import check_span, checked, checked_folder, parent
 
 _TEMPORARY = ".vaejob-"  # a writer that is killed leaves a file of this name, which is no key
+PIECE_BYTES = 16 * 2**20  # of a read that tells how far it is
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -23,12 +26,20 @@ class DirectoryBucket:
         self._root = Path(path).absolute()
         self.url = str(self._root)
 
-    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(
+        self,
+        key: str,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> bytes:
         path = self._path(key)
         with self._reading(path), path.open("rb") as file:
             check_span(start, stop, os.fstat(file.fileno()).st_size, name=str(path))
             file.seek(start or 0)
-            data = file.read() if stop is None else file.read(stop - (start or 0))
+            due = -1 if stop is None else stop - (start or 0)
+            data = file.read(due) if on_bytes is None else _read_told(file, due, on_bytes)
         if stop is not None and len(data) != stop - (start or 0):
             raise BucketError(f"{path} became shorter while it was read")
         return data
@@ -174,3 +185,12 @@ def _sync_folder(folder: Path) -> None:
 def _raise_unless_gone(error: OSError) -> None:
     if not isinstance(error, _NO_FILE):
         raise error
+
+
+def _read_told(file: BinaryIO, due: int, on_bytes: Callable[[int], None]) -> bytes:
+    """As file.read(due), in pieces."""
+    whole = io.BytesIO()  # its getvalue() hands out its memory without copying it
+    while data := file.read(PIECE_BYTES if due < 0 else min(PIECE_BYTES, due - whole.tell())):
+        whole.write(data)
+        on_bytes(len(data))
+    return whole.getvalue()

@@ -2,6 +2,7 @@
 
 import zlib
 from collections import defaultdict
+from collections.abc import Callable
 from threading import Lock
 
 from vaejob.errors import ObjectMissing
@@ -18,12 +19,22 @@ class MemoryBucket:
     def __init__(self, address: str) -> None:
         self.url = address.rstrip("/")
 
-    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(
+        self,
+        key: str,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> bytes:
         with _lock:
             data = _blobs[self.url].get(checked(key, url=self.url))
         if data is None:
             raise ObjectMissing(f"{self.url}/{key}: there is no such blob")
-        return spanned(data, start, stop, name=f"{self.url}/{key}")
+        read = spanned(data, start, stop, name=f"{self.url}/{key}")
+        if on_bytes is not None:
+            on_bytes(len(read))
+        return read
 
     def write(self, key: str, data: bytes) -> None:
         with _lock:

@@ -36,13 +36,24 @@ REQUEST_S = 30.0  # for one attempt, from connecting to the last byte of the rep
 class _Piece:
     """Bytes of an object as they come: an attempt goes on where the last broke off, so a slow line is not a broken one."""
 
-    def __init__(self, tag: str | None) -> None:
+    def __init__(self, tag: str | None, on_bytes: Callable[[int], None] | None) -> None:
         self.tag = tag
         self.object_bytes = 0
         self.chunks: list[bytes] = []
+        self._on_bytes = on_bytes
 
     def __len__(self) -> int:
         return sum(map(len, self.chunks))
+
+    def take(self, chunk: bytes) -> None:
+        self.chunks.append(chunk)
+        if self._on_bytes is not None:
+            self._on_bytes(len(chunk))
+
+    def drop(self) -> None:
+        if self._on_bytes is not None and self.chunks:
+            self._on_bytes(-len(self))
+        self.chunks.clear()
 
     def copy_into(self, view: memoryview, offset: int) -> None:
         for chunk in self.chunks:
@@ -64,9 +75,16 @@ class RemoteBucket:
         self._outage = Outage()
         self._seen = False
 
-    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(
+        self,
+        key: str,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> bytes:
         first, last = span(start, stop)
-        read = partial(self._read_one_version, key, first, last)
+        read = partial(self._read_one_version, key, first, last, on_bytes)
         return with_retries(read, what=self._name(key), deadline_s=self._deadline_s, cause=cause_of)
 
     def write(self, key: str, data: bytes) -> None:
@@ -145,9 +163,11 @@ class RemoteBucket:
     def remove_leftovers(self, *, older_than_s: float = LEFTOVER_S) -> int:
         return end_broken_uploads(self._place, older_than_s=older_than_s)
 
-    def _read_one_version(self, key: str, first: int, last: int | None) -> bytes:
+    def _read_one_version(
+        self, key: str, first: int, last: int | None, on_bytes: Callable[[int], None] | None
+    ) -> bytes:
         """All pieces of one object; Replaced if another object takes its place meanwhile."""
-        head = self._fetch(key, first, last)
+        head = self._fetch(key, first, last, on_bytes=on_bytes)
         if head is None:
             return self._read_nothing(key, first, last)
         check_span(first, last, head.object_bytes, name=self._name(key))
@@ -157,28 +177,45 @@ class RemoteBucket:
         whole = _zeros(end - first)
         with whole.getbuffer() as view, ThreadPoolExecutor(AT_ONCE) as pool:
             head.copy_into(view, 0)
-            fetch_into = partial(self._fetch_into, view, key, first, end, head.tag)
+            fetch_into = partial(self._fetch_into, view, key, first, end, head.tag, on_bytes)
             list(pool.map(fetch_into, range(len(head), end - first, PIECE_BYTES)))
         return whole.getvalue()
 
-    def _fetch_into(self, view: memoryview, key: str, first: int, end: int, tag: str | None, offset: int) -> None:
-        piece = self._fetch(key, first + offset, end, tag)
+    def _fetch_into(
+        self,
+        view: memoryview,
+        key: str,
+        first: int,
+        end: int,
+        tag: str | None,
+        on_bytes: Callable[[int], None] | None,
+        offset: int,
+    ) -> None:
+        piece = self._fetch(key, first + offset, end, tag, on_bytes=on_bytes)
         if piece is None or piece.object_bytes < end:
             raise Replaced("the object became shorter while it was read")
         piece.copy_into(view, offset)
 
-    def _fetch(self, key: str, first: int, last: int | None, tag: str | None = None) -> _Piece | None:
+    def _fetch(
+        self,
+        key: str,
+        first: int,
+        last: int | None,
+        tag: str | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> _Piece | None:
         """At most PIECE_BYTES from `first` on; None if the object has no byte there."""
         stop = first + PIECE_BYTES if last is None else min(last, first + PIECE_BYTES)
         if stop == first:
             return None
-        piece = _Piece(tag)
+        piece = _Piece(tag, on_bytes)
         return self._try(key, lambda: self._fetch_rest(key, first, stop, piece))
 
     def _fetch_rest(self, key: str, first: int, stop: int, piece: _Piece) -> _Piece | None:
         """One request, for what of [first, stop) the piece does not have yet."""
         if piece.tag is None:
-            piece.chunks.clear()  # nothing would tell whether the rest is of the same object
+            piece.drop()  # nothing would tell whether the rest is of the same object
         options: GetOptions = {"range": (first + len(piece), stop)}
         if piece.tag:
             options["if_match"] = piece.tag
@@ -195,12 +232,12 @@ class RemoteBucket:
         due = min(stop, piece.object_bytes) - first
         try:
             for chunk in reply.stream(CHUNK_BYTES):
-                piece.chunks.append(chunk)
+                piece.take(chunk)
         except BaseError:
             if len(piece) != due:
                 raise
         if (came := len(piece)) != due:
-            piece.chunks.clear()  # a reply that lies about its length may lie about its bytes
+            piece.drop()  # a reply that lies about its length may lie about its bytes
             raise ShortReply(f"{came} bytes came, {due} were due")
         return piece
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
@@ -126,16 +126,20 @@ def write_state_file(run: Bucket, key: str, data: bytes) -> StateFile:
     return StateFile(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def read_state_file(run: Bucket, file: StateFile) -> bytes:
-    """The file, checked. Raises CheckpointError if it is gone or differs from what the record says."""
+def read_state_file(run: Bucket, file: StateFile, *, on_bytes: Callable[[int], None] = lambda more: None) -> bytes:
+    """The file, checked. Raises CheckpointError if it is gone or differs from what the record says.
+
+    on_bytes: as Bucket.read's; what is read again is taken back first.
+    """
     for _ in range(READS_OF_DAMAGE):
         try:
-            data = run.read(file.key)
+            data = run.read(file.key, on_bytes=on_bytes)
         except ObjectMissing:
             raise CheckpointError(f"{run.url}/{file.key} is gone; its record still names it") from None
         found = hashlib.sha256(data).hexdigest()
         if found == file.sha256:
             return data
+        on_bytes(-len(data))
     raise CheckpointError(f"{run.url}/{file.key}: sha256 is {found[:12]}, its record says {file.sha256[:12]}")
 
 

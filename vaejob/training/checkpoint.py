@@ -5,7 +5,7 @@ States hold tensors and nothing else (safetensors): loading one executes nothing
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vaejob.config import OptimizerConfig
 from vaejob.data.ahead import map_ahead
+from vaejob.data.progress import counter
 from vaejob.errors import CheckpointError
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.storage import Bucket
@@ -122,10 +123,16 @@ def share_of(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> di
     return share
 
 
-def read_state(run: Bucket, record: Record) -> dict[str, Tensor]:
-    """Every tensor of a recorded state, on the CPU. Raises CheckpointError for anything but what was recorded."""
+def read_state(
+    run: Bucket, record: Record, *, on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a recorded state, on the CPU. Raises CheckpointError for anything but what was recorded.
+
+    on_progress: hears from any thread how many bytes of how many have come.
+    """
     tensors: dict[str, Tensor] = {}
-    for file, data in zip(record.files, map_ahead(partial(read_state_file, run), record.files), strict=True):
+    read = partial(read_state_file, run, on_bytes=counter(on_progress, total=sum(file.size for file in record.files)))
+    for file, data in zip(record.files, map_ahead(read, record.files), strict=True):
         try:
             tensors.update(safetensors.torch.load(data))
         except safetensors.SafetensorError as error:

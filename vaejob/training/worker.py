@@ -128,8 +128,13 @@ def take_waited() -> list[str]:
 class Event(NamedTuple):
     """Something that happened to the job, told to whoever watches it."""
 
-    kind: Literal["row", "record", "status", "note"]
+    kind: Literal["row", "record", "status", "note", "reading"]
     body: dict[str, Any]
+
+
+def reading(done: int, total: int) -> Event:
+    """Bytes of the state to go on from that have come, of how many."""
+    return Event("reading", {"done": done, "total": total})
 
 
 @runtime_checkable
@@ -142,6 +147,10 @@ class Worker(Protocol):
 
     def report(self, report: Report) -> None:
         """Hands the sums to the driver without waiting for it."""
+        ...
+
+    def reading(self, done: int, total: int) -> None:
+        """Hears from any thread how many bytes of the state to go on from, of how many, have come."""
         ...
 
     def told_by_first(self, value: Told) -> Told:

@@ -75,13 +75,14 @@ def charts_of_one(run: ReportedRun) -> list[Chart]:
         return []
     nats = "nats per image (density)" if run.density_bits is not None else "nats per image"
     note, markers = thinning_note([run]), restarts(run)
+    dotted = "Dotted: workers began again from there." if markers else ""
     bound = [_trained(run, windows, "negative_bound_nats"), _held_out(run, tests, "negative_bound")]
     one_frame = run.train_name == run.held_out_name
     charts = (
-        [Chart(title="Negative bound", unit=nats, series=bound, note=f"{run.train_name.replace('-', MINUS, 1)}; band: \u00b1 1 s.e. over images. {note}".strip(), markers=markers)]
+        [Chart(title="Negative bound", unit=nats, series=bound, note=f"{run.train_name.replace('-', MINUS, 1)}; band: \u00b1 1 s.e. over images. {dotted} {note}".strip().replace("  ", " "), markers=markers)]
         if one_frame
         else [
-            Chart(title=f"Training, {run.train_name.replace('-', MINUS, 1)}", unit=nats, series=bound[:1], note=note, markers=markers),
+            Chart(title=f"Training, {run.train_name.replace('-', MINUS, 1)}", unit=nats, series=bound[:1], note=f"{dotted} {note}".strip(), markers=markers),
             Chart(title=f"Held out, {run.held_out_name.replace('-', MINUS, 1)}", unit=nats, series=bound[1:], note="Band: \u00b1 1 s.e. over images.", markers=markers),
         ]
     )  # fmt: skip
