@@ -102,7 +102,7 @@ def test_no_signal_is_lost_or_kills_while_ray_starts() -> None:
         pytest.param(
             signal.SIGUSR1, ["cluster.cpus_per_worker=9999"], "waiting at most 5 s for room: ", 0, id="no room yet"
         ),
-        pytest.param(signal.SIGTERM, [], "starting 1 workers", 0, id="workers on their way"),
+        pytest.param(signal.SIGTERM, [], "starting 1 worker", 0, id="workers on their way"),
     ],
 )
 def test_signal_before_the_workers_work_ends_the_job_as_one_that_can_be_continued(
