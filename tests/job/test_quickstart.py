@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import opened
 from tests.job.conftest import Vaejob, picture_size
 
 
@@ -24,6 +25,12 @@ def test_quickstart_ends_with_the_run_its_likelihood_and_a_picture(vaejob: Vaejo
     assert picture
     assert min(picture_size(picture[1])) > 200
     assert "Traceback" not in done.stderr
+    report = re.search(r"^report    (\S+)\Z", done.stdout.rstrip(), flags=re.MULTILINE)  # the last line
+    assert report
+    with opened(Path(report[1]), width=1440, scheme="light") as watched:
+        assert f"{held_out[1]}" in watched.page.inner_text("body")
+        assert not watched.said
+        assert not watched.requests
 
     again = vaejob("quickstart", "--bucket", tmp_path / "home")
     assert again.returncode == 0
