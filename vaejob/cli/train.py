@@ -193,9 +193,8 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             if sys.stderr.isatty():
-                os.write(
-                    sys.stderr.fileno(), f"{SHOW_CURSOR}\n".encode()
-                )  # a bar hides it, and stands where the prompt will
+                # A bar hides the cursor, and stands where the prompt will.
+                os.write(sys.stderr.fileno(), f"{SHOW_CURSOR}\n".encode())
             os._exit(130)
         self._asked = True
         warn("saving a checkpoint, then stopping; ctrl-C again ends at once")

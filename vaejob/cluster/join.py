@@ -163,14 +163,14 @@ def _connected(where: dict[str, Any]) -> Iterator[None]:
 
 def _init(where: dict[str, Any]) -> None:
     """Ray gives a node of its own 30 seconds to start, which are too few where a machine is busy with other things."""
-    for last in (*(False for _ in range(STARTS_OF_A_NODE - 1)), True):
+    for start in range(1, STARTS_OF_A_NODE + 1):
         try:
             ray.init(
                 **where, namespace="vaejob", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
             )
             return
         except Exception as error:
-            if last or "timed out during startup" not in str(error):
+            if start == STARTS_OF_A_NODE or "timed out during startup" not in str(error):
                 raise
 
 
