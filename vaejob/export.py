@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import save
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from vaejob.errors import RunError, UserError
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.loaded import EXPORT_FILES, EXPORT_FORMAT, EXPORT_MARKER, LoadedModel
-from vaejob.model.noise import LATENT, Noise, image_noise
+from vaejob.model.noise import Noise
 from vaejob.version import VERSION
 
 ROUNDING = 1e-4
@@ -85,29 +84,19 @@ def _write(model: LoadedModel, folder: Path, *, numbers: str) -> dict[str, Any]:
     return about
 
 
-class _Given(Noise):
-    """Numbers that the caller drew, in the place of keys: those of layer l of the code begin at column starts[l]."""
-
-    starts: tuple[int, ...]
-
-    def normal(self, stream: int, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
-        start = self.starts[stream - LATENT]
-        return self.keys[:, start : start + math.prod(shape)].reshape(-1, *shape)
-
-
 class Decoder(nn.Module):
     """A code, told in standard deviations of its prior, so that N(0, 1) samples, to the mean picture and pixel parameters."""
 
-    def __init__(self, scorer: NegativeELBO, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, scorer: NegativeELBO) -> None:
         super().__init__()
         self.vae, self.pixels = scorer.vae, scorer.pixels
-        sizes = [math.prod(shape) for shape in shapes]
-        self.starts = tuple(sum(sizes[:layer]) for layer in range(len(sizes)))
 
     def given(self, numbers: Float[Tensor, "B N"]) -> Noise:
-        noise = _Given(numbers)
-        noise.starts = self.starts
-        return noise
+        """Numbers that the caller drew, those of each layer after those of the one above it."""
+        streams = self.vae.streams
+        parts = torch.split(numbers, [math.prod(shape) for _, shape in streams], dim=1)
+        drawn = {stream: part.reshape(-1, *shape) for (stream, shape), part in zip(streams, parts, strict=True)}
+        return Noise(numbers, drawn)  # the keys are asked for nothing
 
     def forward(self, code: Float[Tensor, "B N"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B P H W"]]:
         parameters = self.vae.generate(self.given(code))
@@ -127,12 +116,9 @@ class Encoder(Decoder):
         return torch.cat(code, 1), distortion, torch.stack(rates, 1).sum(1), torch.stack(ratios, 1).sum(1)
 
 
-@torch.no_grad()
 def code_shapes(model: LoadedModel) -> list[tuple[int, ...]]:
     """Of the code of one image, layer by layer, from the top down."""
-    noise = image_noise(np.arange(1), seed=0, purpose="sample", device=model.device)
-    inferred = model.scorer.vae.infer(torch.zeros(1, *model.record.shape, device=model.device), noise)
-    return [tuple(layer.z.shape[1:]) for layer in inferred.layers]
+    return [shape for _, shape in model.scorer.vae.streams]
 
 
 def programs(model: LoadedModel, shapes: list[tuple[int, ...]]) -> dict[str, Program]:
@@ -144,9 +130,9 @@ def programs(model: LoadedModel, shapes: list[tuple[int, ...]]) -> dict[str, Pro
     generator, numbers = torch.Generator().manual_seed(0), sum(map(math.prod, shapes))
     noise = torch.randn(5, numbers, generator=generator)
     levels = torch.randint(scorer.pixels.levels, (5, *model.record.shape), dtype=torch.uint8, generator=generator)
-    wanted: dict[str, tuple[Decoder, tuple[Tensor, ...]]] = {"decoder.pt2": (Decoder(scorer, shapes), (noise,))}
+    wanted: dict[str, tuple[Decoder, tuple[Tensor, ...]]] = {"decoder.pt2": (Decoder(scorer), (noise,))}
     if model.job.model.family != "decoder-only":
-        wanted["encoder.pt2"] = (Encoder(scorer, shapes), (levels, noise))
+        wanted["encoder.pt2"] = (Encoder(scorer), (levels, noise))
     made = {}
     for name, (module, arguments) in wanted.items():
         made[name] = _traced(module.eval(), arguments)

@@ -35,6 +35,7 @@ class Bernoulli:
         return levels.float()
 
     def log_prob(self, parameters: Float[Tensor, "B P H W"], levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+        # A compiled score, whose loops keep what they multiply in registers; in eager mode each product would be memory.
         if is_compiling() and not is_exporting() and not torch.is_grad_enabled():
             logits = parameters.float().flatten(1)
             ones = (levels.flatten(1) * logits).sum(1)

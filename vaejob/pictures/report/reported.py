@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vaejob.config import JobConfig
-from vaejob.likelihood.pixels import make_pixels
+from vaejob.likelihood.units import density_bits
 from vaejob.metrics import LikelihoodTotals
 from vaejob.pictures.report.findings import Findings
 from vaejob.storage.runs import Record, Row
@@ -68,5 +68,4 @@ class ReportedRun:
     @property
     def density_bits(self) -> float | None:
         """What is added to a density's bits/dim; None for a probability."""
-        pixels = make_pixels(self.job.likelihood)
-        return pixels.density_bits_correction if pixels.is_density else None
+        return density_bits(self.job.likelihood)
