@@ -59,6 +59,7 @@ def evaluate(
 
     model, images = load_for(run, data, checkpoint=checkpoint, quiet=quiet or as_json)
     with images_done("evaluating", quiet=quiet or as_json) as on_progress:
+        on_progress(0, images.manifest.images)  # many codes for each take a while until the first are done
         if workers:
             from vaejob.cluster.evaluate import evaluate_on_cluster
 
