@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 import vaejob
 from tests.test_resident import addresses, job_of, outcome, rank_of_jobs
 from vaejob.cli import app
+from vaejob.errors import RunError
 from vaejob.storage import open_bucket
-from vaejob.storage.runs import read_profile
+from vaejob.storage.profiles import read_profile
 from vaejob.training import profile
 from vaejob.training.profile import Profile, stage
 from vaejob.training.worker import Event
@@ -43,7 +44,7 @@ def test_profiled_run_is_the_same_and_says_where_its_time_went(job_of: Any, tmp_
     assert sum(spent.values()) == pytest.approx(found["seconds_per_step"])
     assert sum(row["share"] for row in found["stages"]) == pytest.approx(1)
     assert all(seconds > 0 for seconds in spent.values())
-    assert spent["between them"] < 0.2 * found["seconds_per_step"]
+    assert spent["between them"] < 0.5 * found["seconds_per_step"]  # a hundredth or two, where the machine is quiet
     trace = json.loads(gzip.decompress(run.read(found["trace"])))
     names = [event["name"] for event in trace["traceEvents"]]
     for name in ("data wait", "forward", "backward", "optimizer"):
@@ -56,6 +57,21 @@ def test_profiled_run_is_the_same_and_says_where_its_time_went(job_of: Any, tmp_
     shown = CliRunner().invoke(app, ["show", f"{tmp_path}/profiled"]).stdout
     assert "profile of 13 steps, in ms a step" in shown
     assert json.loads(CliRunner().invoke(app, ["show", f"{tmp_path}/profiled", "--json"]).stdout)["profile"] == [found]
+
+
+def test_files_of_others_and_damage_do_not_keep_a_run_from_being_shown(job_of: Any, tmp_path: Path) -> None:
+    vaejob.train(job_of("profiled", "data.global_batch=10", "training.profile=true", data="raw"))
+    run = open_bucket(f"{tmp_path}/profiled")
+    before = read_profile(run)
+    run.write("profile/notes.json", b"mine")
+    assert read_profile(run) == before
+    (key,) = [key for key in run.keys("profile/") if key.endswith("-0of1.json")]
+    run.write(key, b"{")
+    with pytest.raises(RunError, match=f"{key} is no profile of vaejob, or is damaged"):
+        read_profile(run)
+    shown = CliRunner().invoke(app, ["show", run.url])
+    assert shown.exit_code == 0
+    assert "is no profile of vaejob" in shown.output
 
 
 def test_two_workers_are_profiled_apart_and_wait_for_one_another(job_of: Any, tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from vaejob.data.batches import open_data
 from vaejob.errors import CheckpointError, RunError, VaejobError
 from vaejob.likelihood.units import bits_per_dim, density_bits
 from vaejob.storage import Bucket, open_bucket
+from vaejob.storage.profiles import read_profile
 from vaejob.storage.runs import (
     Record,
     Row,
     held_out_nats,
     newest_record,
     read_job,
-    read_profile,
     read_record,
     read_row_files,
     read_rows,
@@ -42,7 +42,7 @@ class Overview(NamedTuple):
     attempts: list[str]
     """Every start of the job, oldest first."""
     problems: list[str]
-    """A line for each checkpoint that is damaged."""
+    """A line for each checkpoint that is damaged, and for a profile."""
     profile: list[dict[str, Any]]
     """Where the time of each rank's steps went; empty without training.profile."""
 
@@ -84,7 +84,12 @@ def look_at(address: str, *, whole_history: bool) -> Overview:
             continue  # it was tidied away since it was listed
     rows = read_rows(run) if whole_history else _last_report(run)
     attempts = [key.removeprefix("attempts/").removesuffix(".yaml") for key in run.keys("attempts/")]
-    profile = read_profile(run) if whole_history else []
+    profile: list[dict[str, Any]] = []
+    if whole_history:
+        try:
+            profile = read_profile(run)
+        except RunError as error:
+            problems.append(str(error))
     return Overview(run.url, job, newest, records, rows, attempts, problems, profile)
 
 

@@ -1,8 +1,7 @@
-"""What a run looks like in its bucket: job.yaml, states, records, metrics, profile. A checkpoint exists once its record does."""
+"""What a run looks like in its bucket: job.yaml, states, records, metrics. A checkpoint exists once its record does."""
 
 import hashlib
 import io
-import json
 import math
 import re
 import secrets
@@ -27,7 +26,6 @@ REQUESTS_AT_ONCE = 16
 """A state has a file of each worker."""
 
 JOB_KEY = "job.yaml"
-PROFILE_PREFIX = "profile/"
 
 Row = dict[str, Any]
 
@@ -299,14 +297,6 @@ def write_rows(run: Bucket, rows: Sequence[Row], *, sequence: int, begun: int = 
     schema = ROW_SCHEMA.with_metadata({BEGUN: str(begun), SEQUENCE: str(sequence)})
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink)
     run.write(f"metrics/{rows[0]['attempt']}-{sequence:06d}.parquet", sink.getvalue())
-
-
-def read_profile(run: Bucket) -> list[dict[str, Any]]:
-    """Where the time of each rank's steps went, as training.profile found in the newest attempt that has it; else empty."""
-    keys = [key for key in run.keys(PROFILE_PREFIX) if key.endswith(".json")]
-    newest = max((key.rpartition("-")[0] for key in keys), default="")
-    found = [json.loads(run.read(key)) for key in keys if key.rpartition("-")[0] == newest]
-    return sorted(found, key=lambda of_rank: of_rank["rank"])
 
 
 def read_rows(run: Bucket) -> list[Row]:

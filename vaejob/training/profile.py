@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, record_function
 from vaejob.config import JobConfig
 from vaejob.errors import BucketError
 from vaejob.storage import Bucket
-from vaejob.storage.runs import PROFILE_PREFIX
+from vaejob.storage.profiles import profile_key
 from vaejob.training.worker import Worker
 
 Stage = Literal[
@@ -66,7 +66,7 @@ class Profile:
 
     def __init__(self, run: Bucket, worker: Worker, optimizer: torch.optim.Optimizer, *, attempt: str) -> None:
         self._run, self._worker = run, worker
-        self._key = f"{PROFILE_PREFIX}{attempt}-{worker.rank}of{worker.world_size}"
+        self._key = profile_key(attempt=attempt, rank=worker.rank, world_size=worker.world_size)
         self._on_gpu = worker.device.type == "cuda"
         self._last_gradient = LastGradient(optimizer, on_gpu=self._on_gpu) if worker.world_size > 1 else None
         self._in_optimizer = ExitStack()
