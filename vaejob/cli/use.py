@@ -55,39 +55,11 @@ def evaluate(
     Example:
       vaejob evaluate s3://models/mnist-iwae-1 --samples 5000 --workers 8
     """
-    from vaejob.errors import RunError
-
-    model, images = load_for(run, data, checkpoint=checkpoint, quiet=quiet or as_json)
-    with images_done("evaluating", quiet=quiet or as_json) as on_progress:
-        on_progress(0, images.manifest.images)  # many codes for each take a while until the first are done
-        if workers:
-            from vaejob.cluster.evaluate import evaluate_on_cluster
-
-            totals = evaluate_on_cluster(
-                model.address,
-                images.bucket.url,
-                checkpoint=str(model.record.images_seen),
-                samples=samples,
-                precision=precision.value,
-                compiled=compiled,
-                workers=workers,
-                cluster=model.job.cluster,
-                on_progress=on_progress,
-            )
-        else:
-            totals = model.evaluate(
-                images,
-                samples=samples,
-                precision=precision.value,
-                compiled=compiled,
-                on_progress=lambda done: on_progress(done, images.manifest.images),
-            )
-    assert totals.images == images.manifest.images, totals
-    if totals.non_finite:
-        raise RunError(
-            f"the bound of {totals.non_finite} of {totals.images} images is not finite at the checkpoint of "
-            f"{model.record.images_seen} images, so there is no mean; choose another --checkpoint"
-        )
+    quiet = quiet or as_json
+    model, images = load_for(run, data, checkpoint=checkpoint, quiet=quiet)
+    totals = _scored(
+        model, images, samples=samples, precision=precision, compiled=compiled, workers=workers, quiet=quiet
+    )
     of_layers = model.layer_diagnostics(images) if layers else None
     if as_json:
         result = _result(model, images, totals, samples=samples) | {"precision": precision.value}
@@ -213,6 +185,52 @@ def load_for(run: str, data: str | None, *, checkpoint: str, quiet: bool = False
         found, right = ("x".join(map(str, shape)) for shape in (images.manifest.shape, model.record.shape))
         raise DataError(f"{images.bucket.url} has images of {found}; this model's have {right}")
     return model, images
+
+
+def _scored(
+    model: "LoadedModel",
+    images: "DataSet",
+    *,
+    samples: int,
+    precision: PrecisionName,
+    compiled: bool,
+    workers: int,
+    quiet: bool,
+) -> "LikelihoodTotals":
+    """Raises RunError where an image's bound is not finite."""
+    from vaejob.errors import RunError
+
+    with images_done("evaluating", quiet=quiet) as on_progress:
+        on_progress(0, images.manifest.images)  # many codes for each take a while until the first are done
+        if workers:
+            from vaejob.cluster.evaluate import evaluate_on_cluster
+
+            totals = evaluate_on_cluster(
+                model.address,
+                images.bucket.url,
+                checkpoint=str(model.record.images_seen),
+                samples=samples,
+                precision=precision.value,
+                compiled=compiled,
+                workers=workers,
+                cluster=model.job.cluster,
+                on_progress=on_progress,
+            )
+        else:
+            totals = model.evaluate(
+                images,
+                samples=samples,
+                precision=precision.value,
+                compiled=compiled,
+                on_progress=lambda done: on_progress(done, images.manifest.images),
+            )
+    assert totals.images == images.manifest.images, totals
+    if totals.non_finite:
+        raise RunError(
+            f"the bound of {totals.non_finite} of {totals.images} images is not finite at the checkpoint of "
+            f"{model.record.images_seen} images, so there is no mean; choose another --checkpoint"
+        )
+    return totals
 
 
 def _result(model: "LoadedModel", data: "DataSet", totals: "LikelihoodTotals", *, samples: int) -> dict[str, Any]:
