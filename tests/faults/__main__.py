@@ -95,7 +95,7 @@ def table(found: dict[str, Any]) -> str:
     days = sorted({found[name]["on"] for name in kinds})
     lost, wrong = sum(each["lost"] for each in outcomes), sum(bool(found[name]["wrong"]) for name in kinds)
     head = f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}: {len(outcomes)} injections of {len(kinds)} kinds, "
-    head += f"{lost} images of checkpoints lost, {wrong} kinds with something wrong."
+    head += f"{lost} images of checkpoints lost, kinds with something wrong: {wrong}."
     return "\n".join([head, "", HEADER, *(line(name, **found[name]) for name in kinds)])
 
 
