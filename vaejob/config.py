@@ -303,7 +303,7 @@ class Patch(Section):
 
 
 class DeployConfig(Section):
-    """What `vaejob render` needs to know of a cluster; a job that runs does not read it."""
+    """What `vaejob render` needs to know of a cluster, and how often a submitted job is tried; training does not read it."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the objects on the cluster; else run.name. Kubernetes: a-z, 0-9 and dashes, a letter first, at most 47."""
@@ -328,7 +328,7 @@ class DeployConfig(Section):
     grace_seconds: int = Field(default=120, ge=15)
     """From the notice that a node goes, or that the time is up, to its end; a checkpoint must fit in. 25 on GKE spot."""
     retries: int = Field(default=3, ge=0)
-    """Times that a failed job is started again, on a new cluster; it goes on from its newest checkpoint."""
+    """Times that a failed job is started again, if need be on a new cluster; it goes on from its newest checkpoint."""
     deadline_seconds: int | None = Field(default=None, ge=60)
     """kuberay: seconds until an attempt is ended, not retried. slurm: time limit, after which the job is requeued."""
     env: dict[str, str] = {}

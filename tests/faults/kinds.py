@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.faults.jobs import FOR_EVER, SOON_SECONDS, HurtJob, Outcome, Went
-from tests.faults.network import Network
 from tests.job.memory import kill_for_memory
+from tests.job.network import Network
 from tests.job.nodes import Nodes
 from tests.s3.faultproxy import FaultProxy, Rule
 

@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -97,18 +99,25 @@ def vaejob() -> Vaejob:
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iterator[dict[str, str]]:
     """A Ray cluster as an operator starts it, with room for 4 one-core workers; its addresses as environment."""
+    with a_head(tmp_path_factory.mktemp("ray") / "head.log", {"RAY_AUTH_MODE": "disabled"}) as head:
+        yield head
+
+
+@contextmanager
+def a_head(log_file: Path, authentication: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The same, with who may use it."""
     # Ray's sockets need a short path.
-    folder = Path("/tmp") / f"vaejob-ray-{os.getpid()}"
-    folder.mkdir(mode=0o700)
+    folder = Path(tempfile.mkdtemp(prefix="vaejob-ray-", dir="/tmp"))
     port, dashboard = free_port(), free_port()
     env = {
         **os.environ,
+        **authentication,
         "PORT": str(port),
         "DASHBOARD_PORT": str(dashboard),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
+    log = log_file.open("w")
     # The agent's port is fixed unless it is given: a second cluster on the machine would have no agent for jobs.
     agent = f"--dashboard-agent-listen-port={free_port()}"
     options = [
@@ -122,11 +131,14 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_env: S3Server) -> Iter
         ["deploy/ray-node.sh", "head", *options], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
     )
     try:
-        wait_until_answers(f"http://127.0.0.1:{dashboard}/api/jobs/", head, Path(log.name))
+        token = authentication.get("RAY_AUTH_TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        jobs = urllib.request.Request(f"http://127.0.0.1:{dashboard}/api/jobs/", headers=headers)
+        wait_until_answers(jobs, head, log_file)
         yield {
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-            "RAY_AUTH_MODE": "disabled",
+            **authentication,
         }
     finally:
         kill_tree(head.pid)
@@ -161,7 +173,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_answers(url: str | urllib.request.Request, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:

@@ -105,3 +105,11 @@ class Job:
 def worker_processes() -> list[psutil.Process]:
     """Of Ray Train, whichever cluster of this machine they belong to."""
     return [process for process in psutil.process_iter(["name"]) if "RayTrainWorker" in process.info["name"]]
+
+
+def wait_for(what: Callable[[], object], *, seconds: float, said: Callable[[], str]) -> None:
+    """said: what is shown if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.1)

@@ -2,16 +2,19 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.job.conftest import Vaejob
-from vaejob.cluster.jobs import follow_job
+from tests.job.conftest import Vaejob, a_head
+from vaejob.cluster.jobs import follow_job, submit_job
+from vaejob.config import JobConfig
 from vaejob.errors import ClusterError
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import newest_record, recorded_images
@@ -30,6 +33,29 @@ def test_a_line_that_breaks_is_no_fault_of_ours() -> None:
     with pytest.raises(ClusterError, match=r"closed unexpectedly .*; the job may go on there: look again"):
         follow_job("job", LineThatBreaks(), write=said.append)  # type: ignore[arg-type]
     assert said == ["job begins\n"]
+
+
+class OtherRay:
+    """The Jobs API of a cluster of another version."""
+
+    def _do_request(self, method: str, path: str) -> "OtherRay":
+        assert (method, path) == ("GET", "/api/version")
+        return self
+
+    def json(self) -> dict[str, str]:
+        return {"version": "4", "ray_version": "2.55.1"}
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+
+def test_a_cluster_of_another_ray_is_refused(job: JobConfig) -> None:
+    with pytest.raises(ClusterError, match=r"the cluster at http://head:8265 runs Ray 2.55.1; this vaejob needs 2.60"):
+        submit_job(job, OtherRay())  # type: ignore[arg-type]
+
+
+NOBODY = "http://127.0.0.1:9"
+"""Where no cluster is, as when it is gone."""
 
 
 @pytest.mark.ray
@@ -78,3 +104,74 @@ def test_stopped_job_leaves_a_run_that_its_address_alone_resumes(
     resumed = vaejob("resume", run, f"training.images={reached + 1000}", "cluster.workers=0")
     assert resumed.returncode == 0, resumed.stderr
     assert recorded_images(open_bucket(str(run)))[-1] == reached + 1000
+
+
+def drivers_of(run: Path) -> list[psutil.Process]:
+    """The processes `vaejob train` of the run's job, attended on this machine."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cmdline()[-3:] == ["vaejob", "train", "job.yaml"]:
+                job = Path(process.cwd(), "job.yaml").read_text()
+                found += [process] if f"bucket: {run.parent}" in job and f"name: {run.name}" in job else []
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.ray
+def test_killed_driver_is_started_again_beside_another_job_and_its_log_outlives_the_cluster(
+    vaejob: Vaejob, ray_head: dict[str, str], job_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs/run"
+    submitted = vaejob("submit", job_file, "training.images=20000", "cluster.workers=1", env=ray_head)
+    assert submitted.returncode == 0, submitted.stderr
+    again = vaejob("submit", job_file, "training.images=20000", env=ray_head)
+    assert again.returncode == 2, again.stdout + again.stderr
+    assert (
+        f"of {run} is under way on this cluster: follow it with vaejob logs {run} --follow, or end it" in again.stderr
+    )
+
+    other = subprocess.Popen(
+        [sys.executable, "-m", "vaejob", "submit", str(job_file), "run.name=other", "training.images=2000",
+         "cluster.workers=1", "--follow"],
+        env={**os.environ, **ray_head}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not recorded_images(open_bucket(str(run))):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (driver,) = drivers_of(run)
+    driver.kill()
+    ended = vaejob("logs", run, "--follow", env=ray_head)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "vaejob: the driver was killed (SIGKILL); starting it again, 1 of 3" in ended.stdout
+    assert "continuing from the checkpoint at" in ended.stdout.partition("starting it again")[2]
+    assert "20,000 of 20,000 images" in ended.stdout
+    record, _ = newest_record(open_bucket(str(run)))
+    assert record is not None
+    assert record.images_seen == 20_000
+    log, _ = other.communicate(timeout=300)
+    assert other.returncode == 0, log
+
+    kept = vaejob("logs", run, "--address", NOBODY)
+    assert kept.returncode == 0, kept.stderr
+    assert f"no Ray cluster takes jobs at {NOBODY}" in kept.stderr
+    assert "this is the log that the run keeps" in kept.stderr
+    assert kept.stdout == ended.stdout
+
+
+@pytest.mark.ray
+def test_a_cluster_with_a_token_takes_jobs_from_who_has_it(vaejob: Vaejob, job_file: Path, tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with a_head(tmp_path / "head.log", token) as head:
+        for without in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+            refused = vaejob("submit", job_file, env={**head, **without})
+            assert refused.returncode == 3, refused.stdout + refused.stderr
+            assert refused.stderr.count("\n") == 1, refused.stderr
+            assert "token" in refused.stderr
+        taken = vaejob(
+            "submit", job_file, "cluster.workers=1", "training.images=1000", "--follow", env={**head, **token}
+        )
+        assert taken.returncode == 0, taken.stdout + taken.stderr
+        assert "1,000 of 1,000 images" in taken.stdout

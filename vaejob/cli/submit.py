@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from vaejob.cli.terminal import say, say_json
+from vaejob.cli.terminal import say, say_json, warn
 from vaejob.cli.train import Overrides
-from vaejob.errors import STOPPED_STATUS
+from vaejob.errors import STOPPED_STATUS, ClusterError, RunError
 
 Address = Annotated[
     str | None,
@@ -56,17 +56,24 @@ def logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends; exit with its status.")] = False,
 ) -> None:
-    """The log of a run's newest job.
+    """The log of a run's newest job: from the cluster, or, where that is gone, what the run keeps of it.
 
     \b
     Example:
       vaejob logs s3://models/mnist-iwae-1 --follow
     """
     from vaejob.cluster import jobs
-    from vaejob.storage import absolute
+    from vaejob.storage import absolute, open_bucket
+    from vaejob.storage.logs import read_log
 
-    client = jobs.connect(address)
-    job_id = jobs.find_job(absolute(run), client)
+    try:
+        client = jobs.connect(address)
+        job_id = jobs.find_job(absolute(run), client)
+    except (ClusterError, RunError) as why:
+        text = read_log(open_bucket(run))
+        warn(f"{why}; this is the log that the run keeps")
+        _write(text)
+        return
     if follow:
         raise typer.Exit(jobs.follow_job(job_id, client, write=_write))
     _write(jobs.log_of(job_id, client))

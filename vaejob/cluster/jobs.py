@@ -11,17 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
-from ray.job_submission import JobStatus, JobSubmissionClient
+import ray
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from vaejob.config import JobConfig
 from vaejob.errors import STOPPED_STATUS, ClusterError, RunError
 from vaejob.run import run_address
 from vaejob.storage.runs import new_attempt
+from vaejob.version import VERSION
 
 STOP_SECONDS = 120
 """How long a job that was asked to stop may take to save a checkpoint before Ray kills it."""
-OF_RAY = re.compile(r"^\S+ \S+\tINFO job_manager\.py:\d+ -- .*\n", re.MULTILINE)
+OF_RAY = re.compile(r"^(\S+ \S+\tINFO job_manager\.py:\d+ -- |Running entrypoint for job ).*\n", re.MULTILINE)
 """A line of Ray's own in the log of a job."""
+MOST_BYTES = 100 << 20
+"""What the Jobs API takes at once."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -30,6 +35,13 @@ def connect(address: str | None) -> JobSubmissionClient:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     try:
         client = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        found = (
+            "the token here is not its own" if os.environ.get("RAY_AUTH_TOKEN") else "RAY_AUTH_TOKEN is not set here"
+        )
+        raise ClusterError(
+            f"the cluster at {address} asks for a token, and {found}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its nodes"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster takes jobs at {address}: {str(error).strip().splitlines()[0]}") from error
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -42,26 +54,58 @@ def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
 
     The package itself travels along, so that driver and workers run this very version; what it needs (torch, ray, ...)
     is the cluster's. The Ray job is named after the run, which stays the same over attempts.
+
+    Raises RunError while another job of this run is under way there, ClusterError where the cluster has another Ray or
+    refuses the job.
     """
+    run = run_address(job)
+    _refuse_other_ray(client)
+    if under_way := [other for other in _jobs_of(run, client) if other.status not in ENDED]:
+        raise RunError(
+            f"{under_way[0].submission_id} of {run} is under way on this cluster: follow it with vaejob logs {run} --follow, "
+            f"or end it first with vaejob stop {run}"
+        )
     elsewhere = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": None})})
+    attempt = new_attempt()
     with tempfile.TemporaryDirectory(prefix="vaejob-submit-") as folder:
         package = Path(__file__).parents[1]
         shutil.copytree(package, Path(folder) / "vaejob", ignore=shutil.ignore_patterns("__pycache__"))
+        _refuse_much(package, Path(folder))
         (Path(folder) / "job.yaml").write_text(elsewhere.to_yaml())
         try:
             return client.submit_job(
-                entrypoint="python -m vaejob train job.yaml",
-                submission_id=f"{job.run.name}-{new_attempt()}",
+                entrypoint=f"python -m vaejob.cluster.attend job.yaml {attempt}",
+                submission_id=f"{job.run.name}-{attempt}",
                 runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
-                metadata={"vaejob_run": run_address(job)},
+                metadata={"vaejob_run": run, "vaejob_settings": job.fingerprint, "vaejob_version": VERSION},
             )
         except RuntimeError as error:
             raise ClusterError(f"the cluster refused the job: {str(error).strip().splitlines()[0]}") from error
 
 
+def _refuse_other_ray(client: JobSubmissionClient) -> None:
+    """Only the last part of a version may differ."""
+    answer = client._do_request("GET", "/api/version").json()  # get_version gives the API's
+    here, there = ray.__version__, str(answer["ray_version"])
+    if here.split(".")[:2] != there.split(".")[:2]:
+        raise ClusterError(f"the cluster at {client.get_address()} runs Ray {there}; this vaejob needs {here}")
+
+
+def _refuse_much(package: Path, copied: Path) -> None:
+    total = sum(file.stat().st_size for file in copied.rglob("*") if file.is_file())
+    if total > MOST_BYTES:
+        raise ClusterError(
+            f"{package} holds {total / 2**20:,.0f} MiB, of which a cluster takes {MOST_BYTES >> 20}: take out what is not vaejob's"
+        )
+
+
+def _jobs_of(run: str, client: JobSubmissionClient) -> list[JobDetails]:
+    return [job for job in client.list_jobs() if (job.metadata or {}).get("vaejob_run") == run.rstrip("/")]
+
+
 def find_job(run: str, client: JobSubmissionClient) -> str:
     """The id of a run's newest Ray job. Raises RunError if the cluster has none."""
-    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("vaejob_run") == run.rstrip("/")]
+    jobs = _jobs_of(run, client)
     if not jobs:
         raise RunError(f"no job of {run} was submitted to this cluster")
     return max(jobs, key=lambda job: job.start_time or 0).submission_id or ""
