@@ -25,7 +25,20 @@ def wires_can_be_laid() -> bool:
     """Whether this machine lets us; tried in a network that is gone at once."""
     if not shutil.which("ip"):
         return False
-    attempt = ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "ip", "link", "add", "b", "type", "bridge"]
+    attempt = [
+        "unshare",
+        "--net",
+        "--pid",
+        "--uts",
+        "--mount",
+        "--fork",
+        "ip",
+        "link",
+        "add",
+        "probe0",
+        "type",
+        "bridge",
+    ]
     return subprocess.run(attempt, capture_output=True).returncode == 0
 
 
