@@ -15,8 +15,8 @@ help: ## list the targets
 quickstart: $(VENV)/.run ## install, then pack, train, evaluate and report on real digits: no account, no network
 	$(BIN)/vaejob quickstart $(ARGS)
 
-test: $(VENV)/.test ## every test; ARGS="-k storage" for some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test ## every test, in two processes; ARGS="-k storage" for some of them
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test ## rules, layout, types, and which module may import which
 	$(BIN)/ruff check

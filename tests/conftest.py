@@ -23,6 +23,13 @@ def pytest_report_header() -> str:
             return f"S3 server: none; tests that need one will fail ({HOW_TO_INSTALL})"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that start Ray stay in one of several processes (pytest -n): two cores have room for one cluster at a time."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real server on this machine's loopback; it does not touch the environment."""
