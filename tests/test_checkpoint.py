@@ -339,7 +339,7 @@ class GlooWorker:
     device = torch.device("cpu")
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.processes_here = rank, world_size, world_size
 
     def reading(self, done: int, total: int) -> None:
         pass

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from vaejob.config import DataConfig
 from vaejob.data.batches import Batch, DataSet, open_data
+from vaejob.data.decode import decode_into
 from vaejob.data.groups import RowGroups
 from vaejob.data.manifest import read_manifest, read_row_groups, write_row_groups
 from vaejob.data.pack import pack
@@ -332,3 +333,24 @@ def test_no_thread_is_left_after_the_last_batch_or_an_error(copy: Path) -> None:
         for _ in epochs(data):
             pass
     assert no_thread_is_left()
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 8), (3, 2), (1000, 1)])
+def test_cores_are_shared_by_the_processes_that_decode_on_them(
+    processes: int, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 3, 72, 72), dtype=np.uint8)
+    pack(ArraySource("noise", pixels), str(tmp_path), split="train", encoding="keep")
+    data = replace(open_data(str(tmp_path / "train")), processes_here=processes)
+    decoding = set[str]()
+
+    def note(*arguments: Any) -> None:
+        decoding.add(threading.current_thread().name)
+        time.sleep(0.01)  # so that no thread is done with all before the others have begun
+        decode_into(*arguments)
+
+    monkeypatch.setattr("vaejob.data.reader._cores", lambda: 8)
+    monkeypatch.setattr("vaejob.data.reader.decode_into", note)
+    batches = data.training_batches(config(global_batch=200), seed=0, images_seen=0, until=200)
+    assert [len(batch.images) for batch in batches] == [200]
+    assert len(decoding) == threads

@@ -50,10 +50,14 @@ class Inputs(NamedTuple):
     train: DataSet
     test: DataSet | None
 
-    def with_patience(self, patience: Patience) -> "Inputs":
-        """The same, with images that are waited for."""
-        test = replace(self.test, patience=patience) if self.test else None
-        return self._replace(train=replace(self.train, patience=patience), test=test)
+    def of_worker(self, patience: Patience, *, processes_here: int) -> "Inputs":
+        """The same, with images that are waited for, and decoded by so many processes of this machine."""
+        train, test = (
+            replace(data, patience=patience, processes_here=processes_here) if data else None
+            for data in (self.train, self.test)
+        )
+        assert train
+        return self._replace(train=train, test=test)
 
 
 def run_address(job: JobConfig) -> str:
@@ -130,7 +134,7 @@ def work(job: JobConfig, worker: Worker) -> None:
     if worker.device.type == "cpu":
         torch.set_num_threads(job.cluster.cpus_per_worker)
     patience = patience_with_images(job.checkpoint.outage_seconds)
-    inputs = open_inputs(job).with_patience(patience)
+    inputs = open_inputs(job).of_worker(patience, processes_here=worker.processes_here)
     back: GoBack | None = None
     try:
         while True:
@@ -246,7 +250,7 @@ class ThisProcess:
         on_event: Callable[[Event], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.rank, self.world_size, self.device = 0, 1, device
+        self.rank, self.world_size, self.processes_here, self.device = 0, 1, 1, device
         self._ledger = ledger
         self._on_event = on_event
         self.should_stop = should_stop

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/speed.py [--only CASE ...] [--rounds 9] [--minutes 2] [--eager] [--data ADDRESS] [--json FILE] [--readme]
                                      [--set KEY=VALUE ...]
+    python tests/benchmarks/speed.py --of FILE ... [--readme]     the tables of what earlier calls wrote with --json
 
 Each case is a fresh process with one thread. First it proves that both do equal work: the same weights and noise give the
 same loss and gradient. Then both train in turns, each in every round once, in random order. Figures are images per CPU
@@ -31,6 +32,7 @@ from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -66,6 +68,9 @@ def main() -> None:
     arguments.add_argument("--eager", action="store_true", help="without what is compiled, which takes minutes")
     arguments.add_argument("--data", help="address of packed 28x28 images; default: scikit-learn's digits, enlarged")
     arguments.add_argument("--json", type=Path, help="a file for every single pass")
+    arguments.add_argument(
+        "--of", nargs="+", type=Path, metavar="FILE", help="measure nothing: tables of earlier --json"
+    )
     arguments.add_argument("--readme", action="store_true", help="write the tables into README.md, between its markers")
     arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of our jobs")
     arguments.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # one case, in this process, into this file
@@ -79,13 +84,27 @@ def main() -> None:
         os._exit(0)  # the threads of jobs that stand still are not waited for
     if options.readme:
         around_markers(README, begin=BEGIN)  # before minutes of work
-    found = [case for name in options.only if (case := in_fresh_process(name)) is not None]
-    report = "\n".join([machine_line(), "", *(text for case in found for text in table(case))])
+    if options.of:
+        measured = [json.loads(file.read_text()) for file in options.of]
+    else:
+        found = [case for name in options.only if (case := in_fresh_process(name)) is not None]
+        measured = [{"machine": machine_line(), "cases": [asdict(case) for case in found]}]
+    report = "\n".join(report_of(measured))
     print(f"\n{report}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine_line(), "cases": [asdict(case) for case in found]}))
+    if options.json and not options.of:
+        options.json.write_text(json.dumps(measured[0]))
     if options.readme:
         write_between_markers(README, report, begin=BEGIN)
+
+
+def report_of(measured: list[dict[str, Any]]) -> list[str]:
+    """The tables of each call, below where and when it was made if that differs from the one before."""
+    lines, before = [], None
+    for call in measured:
+        lines += [] if call["machine"] == before else [call["machine"], ""]
+        before = call["machine"]
+        lines += [text for case in call["cases"] for text in table(Found.from_dict(case))]
+    return lines
 
 
 def in_fresh_process(name: str) -> Found | None:

@@ -142,7 +142,7 @@ def resident(job: vaejob.JobConfig) -> Resident:
 class Alone:
     """The only worker, of which only this is asked."""
 
-    rank, world_size, device = 0, 1, torch.device("cpu")
+    rank, world_size, processes_here, device = 0, 1, 1, torch.device("cpu")
 
 
 def batches(job: vaejob.JobConfig, *, images: int) -> Iterator[tuple[Batch, torch.Tensor]]:

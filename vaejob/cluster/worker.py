@@ -33,6 +33,7 @@ class RayWorker:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
+        self.processes_here = context.get_local_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._board = board
         self._group = ray.get_runtime_context().get_placement_group_id() or ""

@@ -48,6 +48,8 @@ class DataSet:
     """Every row group in order, dtype ROW_GROUP."""
     patience: Patience | None = None
     """With a bucket that is out of reach, beyond the deadline of a request."""
+    processes_here: int = 1
+    """That read images on this machine at the same time, and share its cores for decoding."""
 
     @cached_property
     def row_group_rows(self) -> np.ndarray:
@@ -79,7 +81,7 @@ class DataSet:
         cache = self._cache(config)
         groups = RowGroups(self.bucket, self.manifest, self.row_groups, cache=cache, patience=self.patience)
         held, skip = self._groups_held(config, world_size=world_size), config.on_corrupt == "skip"
-        reader = RowGroupReader(groups, groups_held=held, skip_damaged=skip)
+        reader = RowGroupReader(groups, groups_held=held, skip_damaged=skip, processes_here=self.processes_here)
         planned = (
             ((place, len(ids)), np.sort(ids)) for place, ids in plan.batches(images_seen=images_seen, until=until)
         )
@@ -127,7 +129,9 @@ class DataSet:
 
     def _reader(self, *, groups_held: int, skip_damaged: bool = False) -> RowGroupReader:
         groups = RowGroups(self.bucket, self.manifest, self.row_groups, patience=self.patience)
-        return RowGroupReader(groups, groups_held=groups_held, skip_damaged=skip_damaged)
+        return RowGroupReader(
+            groups, groups_held=groups_held, skip_damaged=skip_damaged, processes_here=self.processes_here
+        )
 
     def _groups_held(self, config: DataConfig, *, world_size: int) -> int:
         # A lane's offset needs rows up to about window_rows / 2 to either side; a rank shares a lane at either cut.

@@ -50,8 +50,12 @@ class Read(NamedTuple, Generic[Tag]):
 class RowGroupReader:
     """Rows of one data set by their id. With skip_damaged, what stays damaged is left out and named, else it raises."""
 
-    def __init__(self, groups: RowGroups, *, groups_held: int, skip_damaged: bool = False) -> None:
+    def __init__(
+        self, groups: RowGroups, *, groups_held: int, skip_damaged: bool = False, processes_here: int = 1
+    ) -> None:
+        """processes_here: that read on this machine at the same time, and share its cores for decoding."""
         self._groups = groups
+        self._decoders = max(1, _cores() // processes_here)
         self._groups_held = groups_held
         self._skip_damaged = skip_damaged
         self._raw = groups.manifest.encoding == "raw"
@@ -69,7 +73,7 @@ class RowGroupReader:
         """Fetches far ahead, decodes a little ahead; gives a batch as soon as it is whole."""
         decoding = deque[_Assembling[Tag]]()
         fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
-        decoders = ThreadPoolExecutor(_cores(), thread_name_prefix="decode")
+        decoders = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
         try:
             with closing(self._fetched_ahead(plan, fetchers)) as planned:
                 for batch in planned:

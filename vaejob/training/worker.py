@@ -143,6 +143,8 @@ class Worker(Protocol):
 
     rank: int
     world_size: int
+    processes_here: int
+    """Workers of the job on this machine, which share its cores."""
     device: torch.device
 
     def report(self, report: Report) -> None:
