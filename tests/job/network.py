@@ -4,6 +4,7 @@ Needs root and iproute2. The nodes' links meet in a bridge; nothing of the machi
 reaches further than to the others and to the bucket.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -103,7 +104,8 @@ class Wires:
 
     def lose(self, machine: Machine) -> None:
         """As a machine that is switched off."""
-        psutil.Process(machine.init).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends a node by itself that was given up meanwhile
+            psutil.Process(machine.init).kill()
         machine.process.wait()
         _ip("netns", "del", machine.name)  # the link goes with it
         self._machines.remove(machine)

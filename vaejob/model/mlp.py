@@ -6,13 +6,24 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
 
 from vaejob.config import ModelConfig
 from vaejob.errors import ConfigError
 from vaejob.model.gaussian import Gaussian, gaussian
 from vaejob.model.vae import VAE
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+
+class Tanh(nn.Tanh):
+    """Within 2e-7 of tanh where it is compiled for a CPU: a compiler's own loops take twice as long for tanh."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_compiling() and not is_exporting() and x.device.type == "cpu":
+            return 2 * torch.sigmoid(2 * x) - 1
+        return torch.tanh(x)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class DenseVAE(VAE):
