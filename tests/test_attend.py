@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vaejob.cluster.attend import attend
 from vaejob.errors import BucketError, RunError
 from vaejob.storage import logs
+from vaejob.storage.fence import TakenOver
 from vaejob.storage.logs import KeptLog, read_log
 from vaejob.storage.memory import MemoryBucket
 
@@ -43,7 +44,7 @@ def attended(
     return status, b"".join(said).decode().splitlines()
 
 
-@pytest.mark.parametrize("last", [0, 1, 2, 85])
+@pytest.mark.parametrize("last", [0, 1, 2, TakenOver.exit_status, 85])
 def test_a_driver_that_dies_is_started_again_and_its_own_end_is_the_jobs(tmp_path: Path, last: int) -> None:
     status, said = attended(tmp_path / "starts", last=last, retries=3)
     assert status == last

@@ -239,6 +239,7 @@ def test_a_job_ends_once_it_was_started_again_elsewhere(digits_job: JobConfig) -
         TakenOver, match=r"start 2 \(.* pid \d+ on .*\) has taken over this run; start 1 \(.*\) ends here"
     ) as end:
         vaejob.train(digits_job, on_event=start_elsewhere)
+    assert end.value.exit_status == 4, "which no supervisor starts again"
     assert no_thread_is_left(), f"though whoever has {end} has its frames"
     run = open_bucket(f"{digits_job.run.bucket}/{digits_job.run.name}")
     assert others[0] == newest_token(run)

@@ -15,6 +15,7 @@ import yaml
 from vaejob import errors
 from vaejob.cluster.gauges import METRICS, SPLITS, exported_name
 from vaejob.errors import STOPPED_STATUS, VaejobError
+from vaejob.storage.fence import TakenOver
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 OBSERVABILITY = DEPLOY / "observability"
@@ -103,7 +104,7 @@ def test_runbook_has_a_row_for_each_alert_and_each_exit_status() -> None:
     of_alerts = {found[1] for line in rows if (found := re.match(r"\| `(Vaejob\w+)` \|", line))}
     assert of_alerts == {rule["alert"] for rule in rules()}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VaejobError)]
-    statuses = {0, STOPPED_STATUS, *(kind.exit_status for kind in kinds)}
+    statuses = {0, STOPPED_STATUS, TakenOver.exit_status, *(kind.exit_status for kind in kinds)}
     of_statuses = {int(found[1]) for line in rows if (found := re.match(r"\| exit (\d+)\b", line))}
     assert of_statuses >= statuses
 

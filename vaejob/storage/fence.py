@@ -14,7 +14,9 @@ from vaejob.storage.bucket import Bucket, NotOffered
 
 
 class TakenOver(OutsideError):  # noqa: N818 - a state of the run
-    """A later start of the job writes to the run now; this one must not."""
+    """A later start of the job writes to the run now; this one must not, and must not be started again either."""
+
+    exit_status = 4
 
 
 class Token(NamedTuple):
