@@ -16,7 +16,7 @@ quickstart: $(VENV)/.run ## install, then pack, train, evaluate and report on re
 	$(BIN)/vaejob quickstart $(ARGS)
 
 test: $(VENV)/.test ## every test, in two processes; ARGS="-k storage" for some of them
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
 lint: $(VENV)/.test ## rules, layout, types, and which module may import which
 	$(BIN)/ruff check

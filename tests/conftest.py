@@ -2,11 +2,15 @@
 
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.s3.server import HOW_TO_INSTALL, S3Server, client, running, which_server
+
+WHOLE_JOBS = ("tests/job/", "tests/faults/")
 
 # No test asserts how long something takes.
 settings.register_profile("vaejob", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,11 +27,16 @@ def pytest_report_header() -> str:
             return f"S3 server: none; tests that need one will fail ({HOW_TO_INSTALL})"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that start Ray stay in one of several processes (pytest -n): two cores have room for one cluster at a time."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneClusterAtATime(config, log)
+
+
+class OneClusterAtATime(LoadScopeScheduling):  # type: ignore[misc]
+    """In several processes (pytest -n), whole jobs stay in one of them: two cores have room for one Ray cluster at a time."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "whole jobs" if nodeid.startswith(WHOLE_JOBS) else nodeid
 
 
 @pytest.fixture(scope="session")
