@@ -76,8 +76,8 @@ def _as_job(
     job, log = load_config(config, *overrides), list[str]()
     status = examine_there(job, address, options=options, write=log.append if as_json else _write)
     if as_json:
-        before, found, answer = "".join(log).partition("\n{\n")
-        say(f"{{\n{answer.rstrip()}") if found else warn(before)
+        before, found, answer = "".join(["\n", *log]).partition("\n{\n")
+        say(f"{{\n{answer.rstrip()}") if found else warn(before.strip())
     return status
 
 

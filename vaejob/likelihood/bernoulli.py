@@ -1,7 +1,7 @@
 """Bernoulli pixels, and the continuous Bernoulli. Shapes: B images, C H W channels and pixels, P = C logits."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,11 @@ class Bernoulli:
         return levels.float()
 
     def log_prob(self, parameters: Float[Tensor, "B P H W"], levels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-        # Compiled loops keep what they multiply in registers; in eager mode each product would be memory.
-        if is_compiling() and not is_exporting():
-            log_prob: Tensor = _LogProb.apply(parameters.flatten(1), levels.flatten(1))  # type: ignore[no-untyped-call]
-            return log_prob
+        # A compiled score, whose loops keep what they multiply in registers; in eager mode each product would be memory.
+        if is_compiling() and not is_exporting() and not torch.is_grad_enabled():
+            logits = parameters.float().flatten(1)
+            ones = (levels.flatten(1) * logits).sum(1)
+            return ones - logits.clamp(min=0).sum(1) - sum_of_log1p(logits.abs().neg().exp())
         # log sigma(l) for a one, log sigma(-l) for a zero; log sigma(l) = -softplus(-l). In place where nothing is recorded:
         # what scoring costs besides the network is the memory that passes here.
         sign = levels.float().mul_(-2).add_(1)
@@ -55,23 +56,6 @@ class Bernoulli:
 
     def initial_parameters(self, mean_levels: Float[Tensor, "C H W"]) -> Float[Tensor, "P H W"]:
         return mean_levels.float().clamp(0.001, 0.999).logit()
-
-
-class _LogProb(torch.autograd.Function):
-    """Of logits and binary levels, row by row, in float32; keeps its arguments alone for the derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, parameters: Tensor, levels: Tensor) -> Tensor:
-        ctx.save_for_backward(parameters, levels)
-        logits = parameters.float()
-        ones = (levels * logits).sum(1)
-        return ones - logits.clamp(min=0).sum(1) - sum_of_log1p(logits.abs().neg().exp())
-
-    @staticmethod
-    def backward(ctx: Any, by_log_prob: Tensor) -> tuple[Tensor, None]:
-        parameters, levels = ctx.saved_tensors
-        slope = levels - parameters.float().sigmoid()
-        return (slope * by_log_prob[:, None]).to(parameters.dtype), None
 
 
 def sum_of_log1p(u: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
