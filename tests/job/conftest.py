@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -145,6 +146,26 @@ def a_head(log_file: Path, authentication: dict[str, str]) -> Iterator[dict[str,
         head.wait()
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class IdleCluster:
+    """The Jobs API of a cluster without jobs."""
+
+    def __init__(self, ray: str = version("ray")) -> None:
+        self._ray = ray
+
+    def _do_request(self, method: str, path: str) -> "IdleCluster":
+        assert (method, path) == ("GET", "/api/version")
+        return self
+
+    def json(self) -> dict[str, str]:
+        return {"version": "4", "ray_version": self._ray}
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def list_jobs(self) -> list[object]:
+        return []
 
 
 def picture_size(path: Path | str) -> tuple[int, int]:

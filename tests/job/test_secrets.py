@@ -19,7 +19,7 @@ import psutil
 import pytest
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from tests.job.conftest import DIGITS_JOB, Vaejob, pack_digits
+from tests.job.conftest import DIGITS_JOB, IdleCluster, Vaejob, pack_digits
 from tests.s3.server import S3Server, client
 from vaejob.cluster.jobs import submit_job
 from vaejob.config import JobConfig, parse_config
@@ -239,7 +239,7 @@ def test_endpoint_with_a_password_is_not_repeated(vaejob: Vaejob, job_file: Path
         assert secret not in done.stdout + done.stderr
 
 
-class Recorder:
+class Recorder(IdleCluster):
     """Takes a job in the place of a cluster, with all the files that travel along."""
 
     def submit_job(self, **settings: Any) -> str:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
-from tests.job.conftest import Vaejob, a_head
+from tests.job.conftest import IdleCluster, Vaejob, a_head
 from vaejob.cluster.jobs import follow_job, submit_job
 from vaejob.config import JobConfig
 from vaejob.errors import ClusterError
@@ -36,35 +35,15 @@ def test_a_line_that_breaks_is_no_fault_of_ours() -> None:
     assert said == ["job begins\n"]
 
 
-class Idle:
-    """The Jobs API of a cluster without jobs."""
-
-    def __init__(self, version: str) -> None:
-        self._version = version
-
-    def _do_request(self, method: str, path: str) -> "Idle":
-        assert (method, path) == ("GET", "/api/version")
-        return self
-
-    def json(self) -> dict[str, str]:
-        return {"version": "4", "ray_version": self._version}
-
-    def get_address(self) -> str:
-        return "http://head:8265"
-
-    def list_jobs(self) -> list[object]:
-        return []
-
-
 def test_a_cluster_of_another_ray_is_refused(job: JobConfig) -> None:
     with pytest.raises(ClusterError, match=r"the cluster at http://head:8265 runs Ray 2.55.1; this vaejob needs 2.60"):
-        submit_job(job, Idle("2.55.1"))  # type: ignore[arg-type]
+        submit_job(job, IdleCluster("2.55.1"))  # type: ignore[arg-type]
 
 
 def test_a_package_that_holds_more_than_its_own_is_refused(job: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vaejob.cluster.jobs.MOST_BYTES", 1 << 20)
     with pytest.raises(ClusterError, match=r"/vaejob holds \d+ MiB, of which a cluster takes 1: take out what is not"):
-        submit_job(job, Idle(ray.__version__))  # type: ignore[arg-type]
+        submit_job(job, IdleCluster())  # type: ignore[arg-type]
 
 
 NOBODY = "http://127.0.0.1:9"
