@@ -17,7 +17,8 @@ from tests.s3.faultproxy import FaultProxy
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libhwloc15", "libmunge2")
 ROOT = Path(os.environ.get("VAEJOB_TEST_SLURM", "/opt/vaejob-test-slurm"))
 LIBRARIES = ROOT / "usr/lib/x86_64-linux-gnu"
-ENV = {**os.environ, "LD_LIBRARY_PATH": f"{LIBRARIES}/slurm-wlm:{LIBRARIES}"}
+FOUND = {"LD_LIBRARY_PATH": f"{LIBRARIES}/slurm-wlm:{LIBRARIES}"}
+"""What its programs find their own libraries by."""
 CONF = """
 ClusterName=test
 SlurmctldHost=control({control})
@@ -55,7 +56,9 @@ def missing() -> str | None:
     if not wires_can_be_laid():
         return "needs iproute2, and the right to make networks"
     try:
-        subprocess.run([ROOT / "usr/sbin/slurmctld-wlm", "-V"], env=ENV, check=True, capture_output=True)
+        subprocess.run(
+            [ROOT / "usr/sbin/slurmctld-wlm", "-V"], env={**os.environ, **FOUND}, check=True, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         return f"needs {', '.join(PACKAGES)}, and what they depend on, unpacked below {ROOT}: {error}"
     return None
@@ -72,7 +75,8 @@ class Slurm:
         self.next_job = 10_000 + os.getpid() % 50_000
         (folder / "state").mkdir(parents=True)
         self.env = {
-            **ENV,
+            **os.environ,
+            **FOUND,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{ROOT}/usr/bin:{os.environ['PATH']}",
             "HOME": str(folder),

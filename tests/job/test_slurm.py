@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.job.conftest import Vaejob
-from tests.job.nodes import wait_for
 from tests.job.slurm import Slurm, missing
 from tests.s3.server import S3Server
 from vaejob.storage import open_bucket
@@ -59,7 +58,10 @@ def test_batch_script_saves_when_told_is_requeued_and_goes_on(
 
     number = slurm.call("sbatch", "--parsable", f"--output={log}", str(tmp_path / "job.sbatch")).strip()
     assert number == str(slurm.next_job)
-    wait_for(lambda: recorded_images(run), seconds=300, said=said)
+    slurm.wait(
+        number, lambda state: bool(recorded_images(run)) or state["JobState"] == "FAILED", seconds=300, said=said
+    )
+    assert recorded_images(run), said()
     slurm.call("scancel", "--batch", "--signal=USR1", number)  # as Slurm does at --signal=B:USR1@...
     slurm.wait(number, lambda state: state["Restarts"] == "1", seconds=180, said=said)
     reached = recorded_images(run)[-1]
