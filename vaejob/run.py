@@ -52,12 +52,11 @@ class Inputs(NamedTuple):
 
     def of_worker(self, patience: Patience, *, processes_here: int) -> "Inputs":
         """The same, with images that are waited for, and decoded by so many processes of this machine."""
-        train, test = (
-            replace(data, patience=patience, processes_here=processes_here) if data else None
-            for data in (self.train, self.test)
-        )
-        assert train
-        return self._replace(train=train, test=test)
+
+        def read(data: DataSet) -> DataSet:
+            return replace(data, patience=patience, processes_here=processes_here)
+
+        return self._replace(train=read(self.train), test=read(self.test) if self.test else None)
 
 
 def run_address(job: JobConfig) -> str:

@@ -7,7 +7,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -65,13 +66,8 @@ def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
             f"{under_way[0].submission_id} of {run} is under way on this cluster: follow it with vaejob logs {run} --follow, "
             f"or end it first with vaejob stop {run}"
         )
-    elsewhere = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": None})})
     attempt = new_attempt()
-    with tempfile.TemporaryDirectory(prefix="vaejob-submit-") as folder:
-        package = Path(__file__).parents[1]
-        shutil.copytree(package, Path(folder) / "vaejob", ignore=shutil.ignore_patterns("__pycache__"))
-        _refuse_much(package, Path(folder))
-        (Path(folder) / "job.yaml").write_text(elsewhere.to_yaml())
+    with shipped(job) as folder:
         try:
             return client.submit_job(
                 entrypoint=f"python -m vaejob.cluster.attend job.yaml {attempt}",
@@ -81,6 +77,18 @@ def submit_job(job: JobConfig, client: JobSubmissionClient) -> str:
             )
         except RuntimeError as error:
             raise ClusterError(f"the cluster refused the job: {str(error).strip().splitlines()[0]}") from error
+
+
+@contextmanager
+def shipped(job: JobConfig) -> Iterator[str]:
+    """A folder that goes to a cluster: this version of the package, and the job as it runs there. Raises ClusterError."""
+    elsewhere = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": None})})
+    with tempfile.TemporaryDirectory(prefix="vaejob-ship-") as folder:
+        package = Path(__file__).parents[1]
+        shutil.copytree(package, Path(folder) / "vaejob", ignore=shutil.ignore_patterns("__pycache__"))
+        _refuse_much(package, Path(folder))
+        (Path(folder) / "job.yaml").write_text(elsewhere.to_yaml())
+        yield folder
 
 
 def _refuse_other_ray(client: JobSubmissionClient) -> None:

@@ -1,12 +1,8 @@
 """The examination as a Ray job, so that it looks from where `vaejob submit` would run the job."""
 
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-import vaejob
-from vaejob.cluster.jobs import connect, follow_job
+from vaejob.cluster.jobs import connect, follow_job, shipped
 from vaejob.config import JobConfig
 from vaejob.errors import ClusterError
 from vaejob.run import run_address
@@ -19,11 +15,7 @@ def examine_there(job: JobConfig, address: str, *, options: list[str], write: Ca
     This version of the package travels along, as that of a submitted job does. Raises ClusterError.
     """
     client = connect(address)
-    elsewhere = job.model_copy(update={"cluster": job.cluster.model_copy(update={"address": None})})
-    with tempfile.TemporaryDirectory(prefix="vaejob-doctor-") as folder:
-        shipped = Path(folder) / "vaejob"
-        shutil.copytree(Path(vaejob.__file__).parent, shipped, ignore=shutil.ignore_patterns("__pycache__"))
-        (Path(folder) / "job.yaml").write_text(elsewhere.to_yaml())
+    with shipped(job) as folder:
         try:
             job_id = client.submit_job(
                 entrypoint=" ".join(["python -m vaejob doctor job.yaml", *options]),
