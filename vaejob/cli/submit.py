@@ -70,7 +70,8 @@ def logs(
         client = jobs.connect(address)
         job_id = jobs.find_job(absolute(run), client)
     except (ClusterError, RunError) as why:
-        text = read_log(open_bucket(run))
+        if (text := read_log(open_bucket(run))) is None:
+            raise
         warn(f"{why}; this is the log that the run keeps")
         _write(text)
         return

@@ -3,7 +3,7 @@
 import re
 import threading
 
-from vaejob.errors import BucketError, RunError
+from vaejob.errors import VaejobError
 from vaejob.storage.bucket import Bucket
 
 PART_BYTES = 1 << 18
@@ -39,7 +39,7 @@ class KeptLog:
                 with self._adding:
                     self._rest = self._rest[PART_BYTES:]
                 self._number, self._kept = self._number + 1, 0
-        except BucketError:
+        except VaejobError:  # also where the cluster has no credentials, which the job itself will say
             return False
         return True
 
@@ -47,11 +47,11 @@ class KeptLog:
         self._run.write(f"logs/{self._attempt}/{self._number:06d}.txt", part)
 
 
-def read_log(run: Bucket) -> str:
-    """The newest log that the run keeps. Raises RunError if it keeps none."""
+def read_log(run: Bucket) -> str | None:
+    """The newest log that the run keeps; None if it keeps none."""
     ours = [match for key in run.keys("logs/") if (match := _OURS.fullmatch(key))]
     if not ours:
-        raise RunError(f"{run.url} keeps no log: only jobs that were submitted (vaejob submit) leave one")
+        return None
     newest = max(match["attempt"] for match in ours)
     parts = (run.read(match[0]) for match in ours if match["attempt"] == newest)
     return b"".join(parts).decode(errors="replace")
