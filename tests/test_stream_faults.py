@@ -31,7 +31,8 @@ MIB = 2**20
 IMAGES = 900
 ROW_GROUP_BYTES = 4 * 2**10
 SHORT_DEADLINE_S, SHORT_REQUEST_S = 6.0, 1.0
-SLACK_S = 3  # for a busy machine; less than a deadline, so that two in a row are noticed
+PATIENT_DEADLINE_S, PATIENT_REQUEST_S = 60.0, 10.0  # where no request of a busy machine may come too late by itself
+SLACK_S = 5  # for a busy machine; less than a deadline, so that two in a row are noticed
 SHARD = r"/train/\d+"
 ALREADY_READ = 12  # requests that pass before a store fails for good: what opens the data set, and a few row groups
 
@@ -146,14 +147,24 @@ SURVIVED: dict[str, tuple[Rule, str | None]] = {
 
 
 @pytest.mark.parametrize("fault", SURVIVED)
-def test_what_passes_changes_no_image_and_is_counted_by_cause(packed: Packed, proxy: FaultProxy, fault: str) -> None:
+def test_what_passes_changes_no_image_and_is_counted_by_cause(
+    packed: Packed, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     rule, cause = SURVIVED[fault]
+    told_by_time = cause in (SLOW_REPLY, NO_ANSWER)
+    if not told_by_time:
+        set_deadlines(monkeypatch, deadline_s=PATIENT_DEADLINE_S, request_s=PATIENT_REQUEST_S)
     proxy.strike(rule)
     before = retries_so_far()
     check(packed, list(epoch(packed.address)))
     struck = sum(request["fault"] is not None for request in proxy.log)
+    counted = retries_so_far() - before
     assert struck > 0
-    assert retries_so_far() - before == (Counter({cause: struck}) if cause else Counter())
+    if told_by_time:  # a busy machine may be late once more
+        assert counted[cause] >= struck
+        assert counted.keys() <= {SLOW_REPLY, NO_ANSWER}
+    else:
+        assert counted == (Counter({cause: struck}) if cause else Counter())
 
 
 ENDS: dict[str, tuple[Rule, str]] = {
