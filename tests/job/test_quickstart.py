@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,23 @@ import pytest
 from tests.browser import opened
 from tests.job.conftest import Vaejob, picture_size
 
+OFFLINE = ["unshare", "--net", "--uts", "sh", "-ce", 'ip link set lo up; hostname no-such-host; exec "$@"', "sh"]
+
+
+def offline_if_allowed() -> list[str]:
+    """What takes the network from a command, where this machine lets us: root, iproute2."""
+    try:
+        return OFFLINE if subprocess.run([*OFFLINE, "true"], capture_output=True).returncode == 0 else []
+    except FileNotFoundError:
+        return []
+
 
 @pytest.mark.ray
 def test_quickstart_ends_with_the_run_its_likelihood_and_a_picture(vaejob: Vaejob, tmp_path: Path) -> None:
-    done = vaejob("quickstart", "--bucket", tmp_path / "home")
+    command = [*offline_if_allowed(), sys.executable, "-m", "vaejob", "quickstart", "--bucket", str(tmp_path / "home")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr  # Ray says at length where it finds no address but of this machine
     assert "packed 1,444 train, 353 test images of handwritten digits" in done.stdout
     assert done.stdout.count("checkpoint committed") == 4
     assert f"run       {tmp_path}/home/quickstart" in done.stdout

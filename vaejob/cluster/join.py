@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -96,10 +97,21 @@ def _here() -> Iterator[dict[str, Any]]:
     if len(os.fsencode(f"{parent}/vaejob-xxxxxxxx/r")) > LONGEST_FOLDER:
         parent = "/tmp"
     folder = Path(tempfile.mkdtemp(prefix="vaejob-", dir=parent))
-    with _own_token():
+    with _own_token(), _loopback():
         # Ray opens its own folder to everybody; the one above it stays closed.
         yield {"address": "local", "include_dashboard": False, "_temp_dir": str(folder / "r")}
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Ray's nodes listen at 127.0.0.1 alone, and no address of this machine is looked for, which takes a network."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
