@@ -2,18 +2,25 @@
 
 import json
 import math
+import shutil
 import signal
+import subprocess
 import time
+import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.job.conftest import DIGITS_JOB, free_port, kill_tree
+from tests.job.conftest import DIGITS_JOB, free_port, kill_tree, wait_until_answers
 from tests.job.nodes import Job, worker_processes
+from tests.test_observability import OBSERVABILITY, panel_queries
 from vaejob.cluster.gauges import METRICS, exported_name
 from vaejob.likelihood.units import NATS_PER_BIT
 from vaejob.storage import Bucket, open_bucket
@@ -50,6 +57,35 @@ class Cluster:
         return series
 
 
+@contextmanager
+def prometheus(metrics_port: int, folder: Path) -> Iterator[str]:
+    """A real server that reads the node every second and holds our alerts; its address."""
+    program, port = shutil.which("prometheus"), free_port()
+    assert program, "no prometheus: it is in Debian's package of that name"
+    folder.mkdir()
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(OBSERVABILITY / "alerts.yaml")],
+        "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{metrics_port}"]}]}],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series",
+               f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+    with (folder / "log").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        wait_until_answers(f"http://127.0.0.1:{port}/api/v1/status/runtimeinfo", process, folder / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answered(server: str, path: str, **query: str) -> Any:
+    with urllib.request.urlopen(f"{server}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
+        return json.load(answer)["data"]
+
+
 class Observed(NamedTuple):
     """A job whose workers stand still, as seen from outside and in its bucket."""
 
@@ -58,6 +94,10 @@ class Observed(NamedTuple):
     record: Record
     logs: list[dict[str, Any]]
     """Lines of Ray Train's own logs, of all processes."""
+    panels: dict[str, list[Any]]
+    """What Prometheus answers to the query of a panel: samples."""
+    alerts: list[Any]
+    """Those that fire, or are about to."""
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +111,34 @@ def observed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Observed:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         cluster = Cluster()
     try:
-        job = Job(folder / "job.yaml", *settings, env=cluster.env, log=folder / "log")
-        try:
-            job.wait_until(lambda: any(row["split"] == "test" for row in read_rows(run)))
-            for worker in (process for process in worker_processes() if process.pid not in before):
-                worker.send_signal(signal.SIGSTOP)  # so that the numbers stand still
-            series = scraped_at_rest(cluster, job, run)
-        finally:
-            kill_tree(job.process.pid)
-            job.process.wait()
+        with prometheus(cluster.metrics_port, folder / "prometheus") as server:
+            job = Job(folder / "job.yaml", *settings, env=cluster.env, log=folder / "log")
+            try:
+                job.wait_until(lambda: any(row["split"] == "test" for row in read_rows(run)))
+                for worker in (process for process in worker_processes() if process.pid not in before):
+                    worker.send_signal(signal.SIGSTOP)  # so that the numbers stand still
+                series = scraped_at_rest(cluster, job, run)
+                time.sleep(3)  # Prometheus comes to them a second later, or two
+                panels, alerts = shown(server)
+            finally:
+                kill_tree(job.process.pid)
+                job.process.wait()
         logs = Path(cluster.ray.head_node.get_logs_dir_path()).glob("train/*.log")
         lines = [json.loads(line) for log in sorted(logs) for line in log.read_text().splitlines()]
     finally:
         cluster.ray.shutdown()
     record, _ = newest_record(run)
     assert record is not None
-    return Observed(series, read_rows(run), record, lines)
+    return Observed(series, read_rows(run), record, lines, panels, alerts)
+
+
+def shown(server: str) -> tuple[dict[str, list[Any]], list[Any]]:
+    """What each panel shows of the run called run, and the alerts."""
+    panels = {}
+    for query in panel_queries():
+        asked = query.replace("$__rate_interval", "1m").replace("$run", "run")
+        panels[query] = answered(server, "query", query=asked)["result"]
+    return panels, answered(server, "alerts")["alerts"]
 
 
 def scraped_at_rest(cluster: Cluster, job: Job, run: Bucket) -> Series:
@@ -102,7 +154,7 @@ def scraped_at_rest(cluster: Cluster, job: Job, run: Bucket) -> Series:
 
 
 def test_scraped_metrics_are_the_sums_in_the_bucket(observed: Observed) -> None:
-    series, rows, record, _ = observed
+    series, rows, record = observed[:3]
     trained, held_out = [[row for row in rows if row["split"] == split] for split in ("train", "test")]
     for split, row in (("train", trained[-1]), ("held_out", held_out[-1])):
         bits = row["negative_bound_nats"] / row["dims"] / NATS_PER_BIT
@@ -127,6 +179,21 @@ def test_scraped_metrics_are_the_sums_in_the_bucket(observed: Observed) -> None:
 
     never_counted = {"vaejob_retries", "vaejob_skipped_steps", "vaejob_non_finite_steps"}
     assert {name for name, _ in series} == {exported_name(name) for name in METRICS.keys() - never_counted}
+
+
+def test_every_panel_shows_the_job_and_no_alert_fires(observed: Observed) -> None:
+    """The dashboard's queries, asked of a Prometheus that read the job."""
+    empty = {query for query, samples in observed.panels.items() if not samples}
+    assert empty == {query for query in observed.panels if "retries" in query}  # nothing was repeated
+    assert observed.alerts == []
+    values = {query: [float(sample["value"][1]) for sample in samples] for query, samples in observed.panels.items()}
+    for query, numbers in values.items():
+        assert all(map(math.isfinite, numbers)), query
+    for name in ("bits_per_dim", "bound_nats", "images_seen", "workers", "checkpoint_images"):
+        (query,) = [query for query in values if f"ray_vaejob_{name}{{" in query]
+        of_series = [value for (series, _), value in observed.series.items() if series == f"ray_vaejob_{name}"]
+        assert sorted(values[query]) == sorted(of_series)
+    assert [values[query] for query in values if "non_finite_steps" in query or "skipped_steps" in query] == [[0], [0]]
 
 
 def test_lines_of_the_logs_say_of_which_run_start_attempt_and_rank_they_are(observed: Observed) -> None:
