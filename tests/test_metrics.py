@@ -296,6 +296,22 @@ def test_collapsed_layers_are_named():
     )
 
 
+@pytest.mark.parametrize(
+    ("rate", "scale", "says"),
+    [(0.0, 0.0, "has collapsed"), (5.5, 0.05, "may carry nothing"), (0.0, 1.0, "has collapsed"), (5.5, 1.0, None)],
+)
+def test_a_layer_with_a_rate_is_not_called_collapsed_for_its_small_scale(rate, scale, says):
+    """The variance by which a unit counts as active is meant for codes of unit scale."""
+    means = np.random.default_rng(0).normal(0, scale, (1000, 2))
+    found = LayerTotals(
+        images=1000,
+        rate_nats=(rate * 1000, 3000.0),
+        means=(means.sum(0), np.zeros(1)),
+        products=((means**2).sum(0), np.full(1, 1e3)),
+    )
+    assert [line.split(": ")[0] for line in found.collapsed()] == ([f"stochastic layer 1 of 2 {says}"] if says else [])
+
+
 def test_units_drawn_by_chance_above_a_layer_do_not_pass_for_active():
     """The second layer's mean is the first's code: its noise is not knowledge of the image."""
 

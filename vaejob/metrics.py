@@ -151,13 +151,17 @@ class LayerTotals:
         return [int((p / self.images - (m / self.images) ** 2 > ACTIVE_VARIANCE).sum()) for m, p in sums]
 
     def collapsed(self) -> list[str]:
-        """A line for each layer that carries nothing of the image, while others may."""
+        """A line for each layer that carries nothing of the image, or may carry nothing.
+
+        Its rate bounds what a layer knows of the image. A code of small scale may know much without an active unit, one whose
+        posterior is the same for all images has a rate wherever that is not the prior.
+        """
         lines = []
         for layer, (rate, active, units) in enumerate(zip(self.rates, self.active_units, self.units, strict=True)):
-            unused = rate < COLLAPSED_NATS < max(self.rates)
-            if unused or not active:
+            if rate < COLLAPSED_NATS or not active:
                 lines.append(
-                    f"stochastic layer {layer + 1} of {len(self.rates)} has collapsed: "
+                    f"stochastic layer {layer + 1} of {len(self.rates)} "
+                    f"{'has collapsed' if rate < COLLAPSED_NATS else 'may carry nothing'}: "
                     f"{rate:.4f} nats of rate per image, {active} of {units} units active"
                 )
         return lines
