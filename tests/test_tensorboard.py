@@ -1,6 +1,7 @@
 """TensorBoard's own reader finds in the event files what the run's rows say, and nothing of a way that was not gone on."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vaejob
+from vaejob.cli.report import write_report
 from vaejob.cli.tensorboard import write_events
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
@@ -93,3 +95,14 @@ def test_a_histogram_counts_every_finite_value(tmp_path: Path) -> None:
     assert (found.num, found.sum, found.sum_squares, found.min, found.max) == (4, 5.0, 11.0, 0.0, 3.0)
     assert sum(found.bucket) == 4
     assert len(found.bucket) == len(found.bucket_limit)
+
+
+@pytest.mark.parametrize("write", [write_events, lambda run, quiet: write_report([run], quiet=quiet)])
+def test_the_bytes_of_a_state_are_told_unless_quiet(
+    run: str, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vaejob.cli.terminal._SECONDS_BETWEEN_LINES", 0.0)
+    write(run, quiet=False)
+    assert "vaejob: reading the checkpoint: " in capsys.readouterr().err
+    write(run, quiet=True)
+    assert capsys.readouterr() == ("", "")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vaejob.cli.overview import Identity, Overview
     from vaejob.data.batches import DataSet
     from vaejob.loaded import LoadedModel
-    from vaejob.pictures.report.findings import Findings, Told
+    from vaejob.pictures.report.findings import Findings
     from vaejob.pictures.report.reported import Bound, DataCard, ReportedRun
     from vaejob.storage.runs import Record, Row
     from vaejob.totals import LikelihoodTotals
@@ -49,15 +49,11 @@ def report(
     if out is None and len(runs) > 1:
         raise UserError(f"--out is missing for {len(runs)} runs; name the HTML file to write")
     require_run(*runs)
-    say(write_report(runs, out=out, other=other, images=images, tell=_silent if quiet else warn))
-
-
-def _silent(text: str) -> None:
-    pass
+    say(write_report(runs, out=out, other=other, images=images, quiet=quiet))
 
 
 def write_report(
-    runs: list[str], *, out: str | None = None, other: str | None = None, images: int = IMAGES, tell: "Told" = _silent
+    runs: list[str], *, out: str | None = None, other: str | None = None, images: int = IMAGES, quiet: bool = True
 ) -> str:
     """Puts the page there, or into the first run's folder, and returns its address."""
     from vaejob.cli.overview import comparable_groups, held_out_identity
@@ -70,11 +66,17 @@ def write_report(
     groups = comparable_groups(known)
     pages = []
     for run in overviews:
-        tell(f"reading {run.address}")
+        if not quiet:
+            warn(f"reading {run.address}")
         group = groups.get(run.address, "")
         pages.append(
             _reported(
-                run, group=group, words=str(known[run.address]) if group else "", other=other, images=images, tell=tell
+                run,
+                group=group,
+                words=str(known[run.address]) if group else "",
+                other=other,
+                images=images,
+                quiet=quiet,
             )
         )
     html = page(pages).encode()
@@ -97,13 +99,11 @@ def _look(address: str) -> "Overview":
         raise RunError(f"{address}/metrics holds a file that is no report of vaejob, or is damaged: {said}") from None
 
 
-def _reported(
-    run: "Overview", *, group: str, words: str, other: str | None, images: int, tell: "Told"
-) -> "ReportedRun":
+def _reported(run: "Overview", *, group: str, words: str, other: str | None, images: int, quiet: bool) -> "ReportedRun":
     from vaejob.pictures.report.reported import ReportedRun
 
     record = run.best or run.newest
-    findings, missing = _findings(run, record, other=other, images=images, tell=tell)
+    findings, missing = _findings(run, record, other=other, images=images, quiet=quiet)
     trained = run.job.objective
     samples = trained.samples if trained.bound == "iwae" else 1
     return ReportedRun(
@@ -262,17 +262,15 @@ def _in_reach(address: str, fingerprint: str | None) -> "DataSet | str":
 
 
 def _findings(
-    run: "Overview", record: "Record | None", *, other: str | None, images: int, tell: "Told"
+    run: "Overview", record: "Record | None", *, other: str | None, images: int, quiet: bool
 ) -> "tuple[Findings | None, str]":
     """What the model at the checkpoint shows, or why it shows nothing."""
-    from vaejob.cli.use import _device
+    from vaejob.cli.use import load_told
     from vaejob.errors import CheckpointError, ConfigError, RunError
-    from vaejob.loaded import load
     from vaejob.pictures.report.findings import Source, find
 
     if record is None:
         return None, "No checkpoint exists, so there are no pictures and no likelihoods of single images."
-    device = _device()
     sources = [
         Source("train" if split == "train" else "held out", _in_reach(address, fingerprint))
         for split, address, fingerprint in _data_sets(run)
@@ -281,7 +279,7 @@ def _findings(
         sources.append(Source("other", _fitting(other, record)))
 
     def loader(images_seen: int) -> "LoadedModel":
-        return load(run.address, checkpoint=str(images_seen), device=device)
+        return load_told(run.address, checkpoint=str(images_seen), quiet=quiet)
 
     older = [one.images_seen for one in run.records if one.images_seen != record.images_seen][-MOST_CHECKPOINTS + 1 :]
     try:
@@ -289,7 +287,7 @@ def _findings(
     except (CheckpointError, RunError, ConfigError) as error:
         return None, f"The checkpoint cannot be used, so there are no pictures: {error}"
     loaders = [lambda images_seen=images_seen: loader(images_seen) for images_seen in older]
-    return find(model, loaders, sources, images=images, tell=tell), ""
+    return find(model, loaders, sources, images=images, tell=(lambda line: None) if quiet else warn), ""
 
 
 def _fitting(address: str, record: "Record") -> "DataSet":

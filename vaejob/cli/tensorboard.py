@@ -28,6 +28,7 @@ def tensorboard(
         str | None,
         typer.Option(help="The folder or bucket to write to; default: tensorboard/ in the run's own folder."),
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the folder's address.")] = False,
 ) -> None:
     """Write TensorBoard event files of a run: curves over images seen, pictures and histograms of its checkpoints.
 
@@ -39,10 +40,10 @@ def tensorboard(
       tensorboard --logdir events
     """
     require_run(run)
-    say(write_events(run, out=out))
+    say(write_events(run, out=out, quiet=quiet))
 
 
-def write_events(run: str, *, out: str | None = None) -> str:
+def write_events(run: str, *, out: str | None = None, quiet: bool = True) -> str:
     """One file for each split, so that its curves share the charts of the other; the address of their folder."""
     from vaejob.cli.overview import look_at
     from vaejob.pictures.events import event_file
@@ -52,7 +53,7 @@ def write_events(run: str, *, out: str | None = None) -> str:
     home = open_bucket(absolute(out) if out else join(overview.address, FOLDER))
     shown = {split: [point for row in overview.rows if row["split"] == split for point in _of_row(overview, row)] for split in NAMES}  # fmt: skip
     for record in kept_records(overview)[-MOST_CHECKPOINTS:]:
-        for split, points in _of_checkpoint(overview, record).items():
+        for split, points in _of_checkpoint(overview, record, quiet=quiet).items():
             shown[split] += points
     for split, points in shown.items():
         _replace(home, NAMES[split], event_file(points) if points else None)
@@ -134,16 +135,15 @@ def _of_training(row: "Row") -> dict[str, float | None]:
     return points
 
 
-def _of_checkpoint(run: "Overview", record: "Record") -> "dict[str, list[Shown]]":
+def _of_checkpoint(run: "Overview", record: "Record", *, quiet: bool) -> "dict[str, list[Shown]]":
     """Its weights and samples; and of some held-out (else training) images reconstructions, likelihoods and layers.
 
     What is damaged or out of reach is left out with a warning.
     """
     import numpy as np
 
-    from vaejob.cli.use import _device
+    from vaejob.cli.use import load_told
     from vaejob.errors import VaejobError
-    from vaejob.loaded import load
     from vaejob.pictures.events import Shown
     from vaejob.pictures.grid import grid
     from vaejob.pictures.run_pictures import COLUMNS, SAMPLES
@@ -151,7 +151,7 @@ def _of_checkpoint(run: "Overview", record: "Record") -> "dict[str, list[Shown]]
     at, when = record.images_seen, _seconds(record.written_at)
     found: dict[str, list[Shown]] = {"train": []}
     try:
-        model = load(run.address, checkpoint=str(at), device=_device())
+        model = load_told(run.address, checkpoint=str(at), quiet=quiet)
         for name, weight in model.scorer.vae.named_parameters():
             values = weight.detach().double().cpu().numpy().ravel()
             found["train"].append(Shown(f"weights/{name}", np.asarray(values), at, when))
