@@ -70,10 +70,13 @@ class Attempt:
         wait_until_answers(self._jobs(), self.head, self._folder / "head.log")
         (group,) = cluster["workerGroupSpecs"]
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
-        self.workers = [
-            self._pod(f"worker-{number}", group, {"address": f"127.0.0.1:{self._gcs}"})
-            for number in range(group["replicas"])
-        ]
+        self.workers = [self._worker(number, group) for number in range(group["replicas"])]
+        for number in range(len(self.workers)):  # a cluster is ready, and is submitted to, once all of it is
+            while "Ray runtime started" not in (said := (self._folder / f"worker-{number}.log").read_text()):
+                if self.workers[number].poll() is not None:  # a pod that ended is replaced
+                    assert "timed out during startup" in said, said
+                    self.workers[number] = self._worker(number, group)
+                time.sleep(0.2)
         self.submitter = self._submit()
 
     def said(self) -> str:
@@ -104,6 +107,9 @@ class Attempt:
             kill_tree(pod.pid)
             pod.wait()
         shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+    def _worker(self, number: int, group: dict[str, Any]) -> "subprocess.Popen[bytes]":
+        return self._pod(f"worker-{number}", group, {"address": f"127.0.0.1:{self._gcs}"})
 
     def _pod(self, name: str, group: dict[str, Any], own: dict[str, Any]) -> "subprocess.Popen[bytes]":
         (container,) = group["template"]["spec"]["containers"]
