@@ -21,12 +21,14 @@ no rule: nobody listens for so long, and open connections are reset.
 
 import asyncio
 import contextlib
+import gc
 import math
 import random
 import re
 import socket
 import struct
 import threading
+import warnings
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -78,6 +80,9 @@ class FaultProxy:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        with warnings.catch_warnings():  # who was accepted at the very end is no matter of a later test
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
     def _serve(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
@@ -89,6 +94,7 @@ class FaultProxy:
             started.set()
             self._loop.run_forever()
         self._server.close()
+        self._loop.run_until_complete(asyncio.sleep(0.01))  # who was accepted last has a transport by then
         open_requests = asyncio.all_tasks(self._loop)
         for request in open_requests:
             request.cancel()
