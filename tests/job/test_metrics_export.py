@@ -118,8 +118,7 @@ def observed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Observed:
                 for worker in (process for process in worker_processes() if process.pid not in before):
                     worker.send_signal(signal.SIGSTOP)  # so that the numbers stand still
                 series = scraped_at_rest(cluster, job, run)
-                time.sleep(3)  # Prometheus comes to them a second later, or two
-                panels, alerts = shown(server)
+                panels, alerts = shown(server, images_seen=series["ray_vaejob_images_seen", ""])
             finally:
                 kill_tree(job.process.pid)
                 job.process.wait()
@@ -132,8 +131,12 @@ def observed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     return Observed(series, read_rows(run), record, lines, panels, alerts)
 
 
-def shown(server: str) -> tuple[dict[str, list[Any]], list[Any]]:
-    """What each panel shows of the run called run, and the alerts."""
+def shown(server: str, *, images_seen: float) -> tuple[dict[str, list[Any]], list[Any]]:
+    """What each panel shows of the run called run, once Prometheus has come to so many images, and the alerts."""
+    deadline = time.monotonic() + 60
+    while not answered(server, "query", query=f'ray_vaejob_images_seen{{run="run"}} == {images_seen}')["result"]:
+        assert time.monotonic() < deadline, "Prometheus has not read what the node exports"
+        time.sleep(0.2)
     panels = {}
     for query in panel_queries():
         asked = query.replace("$__rate_interval", "1m").replace("$run", "run")
