@@ -126,6 +126,16 @@ class Slurm:
             assert time.monotonic() < deadline, f"{state}\n{said()}"
             time.sleep(0.5)
 
+    def wait_until_ended(self, job: str) -> None:
+        """Until every step of this start is gone from both nodes, and has told so: Slurm would take it for the next start's.
+
+        It counts on the two minutes for which it holds back what is requeued.
+        """
+        deadline = time.monotonic() + 60
+        while steps := list(self._folder.glob(f"n?/n?_{job}.*")):  # the socket of each
+            assert time.monotonic() < deadline, steps
+            time.sleep(0.1)
+
     def shutdown(self) -> None:
         self._wires.remove()
         self._control.kill()

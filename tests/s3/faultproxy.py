@@ -10,7 +10,7 @@ matching requests pass and strikes the next N (for ever without a count). The fa
     reset, close              the connection ends before a reply
     req_reset, req_stall, req_corrupt (at)             at that byte of the request's body
     reset_mid, fin_mid, stall_mid, corrupt (at)        at that byte of the reply's body
-    short_length (at)         a reply that ends there and whose Content-Length agrees
+    short_length (at)         a reply that ends there, whose Content-Length agrees, and that is the connection's last
     reset_after               carried out by the server; the reply is lost
     stall_after (seconds)     the same, but the connection stays open for so long
     throttle (bytes_per_s)    replies share a line of this speed
@@ -185,7 +185,8 @@ class FaultProxy:
         headers = _headers(head)
         has_body = method != "HEAD" and status not in (204, 304)
         if rule.get("fault") == "short_length" and has_body:
-            head = re.sub(rb"(?im)^content-length:[^\r\n]*", b"Content-Length: %d" % _at(rule, headers), head)
+            ends_at = b"Connection: close\r\nContent-Length: %d" % _at(rule, headers)
+            head = re.sub(rb"(?im)^content-length:[^\r\n]*", ends_at, head)
         writer.write(head)
         if has_body:
             async for chunk in _struck_reply(_body(up_reader, headers, is_reply=True), headers, rule):

@@ -124,6 +124,7 @@ if [ -z "$noticed" ]; then
     kill -0 "$driver" 2>/dev/null || break
   done
   wait "$driver" || status=$? # the driver's own, had it ended just as a signal ended wait
+  driver=''
 fi
 echo "vaejob ended with $status"
 case $status in
