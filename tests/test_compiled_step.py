@@ -26,7 +26,9 @@ def gradients(model, scorer, job, images, beta):
     own = torch.from_numpy(ids) if job.objective.own_codes else None
     levels = torch.randint(scorer.pixels.levels, (images, 1, 8, 8), generator=torch.Generator().manual_seed(images))
     scorer.zero_grad()
-    terms, nats = both_passes(model, levels.to(torch.uint8), keys, own, job=job, beta=beta, weight=0.25)
+    terms, nats, norm = both_passes(model, levels.to(torch.uint8), keys, own, job=job, beta=beta, weight=0.25)
+    if norm is not None:
+        torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(p.grad for p in scorer.parameters()))
     assert all(parameter.grad.is_contiguous() for parameter in scorer.parameters())  # in the weights' order in memory
     given = [term.detach().clone() for term in (*terms, nats) if term is not None]
     return given + [parameter.grad.clone() for parameter in scorer.parameters()]

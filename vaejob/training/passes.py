@@ -1,6 +1,7 @@
 """The forward and the backward pass of a step, through the model itself or through compiled graphs of it."""
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -9,6 +10,16 @@ from torch import Tensor, nn
 from vaejob.config import JobConfig, ObjectiveConfig
 from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, draws, objective
 from vaejob.training.profile import stage
+
+
+class Passed(NamedTuple):
+    """What both passes of a batch, or of a piece of it, have found; on the device."""
+
+    terms: BoundTerms
+    objective_nats: Float[Tensor, ""]
+    """Sum over the images."""
+    norm: Float[Tensor, ""] | None = None
+    """Of the gradient that they added, where that came with it."""
 
 
 def forward(
@@ -36,8 +47,8 @@ def both_passes(
     job: JobConfig,
     beta: float,
     weight: float,
-) -> tuple[BoundTerms, Float[Tensor, ""]]:
-    """Adds the gradient of weight times the objective to what the parameters hold; returns what `forward` does."""
+) -> Passed:
+    """Adds the gradient of weight times the objective to what the parameters hold."""
     if isinstance(model, CompiledPasses):
         with stage("forward"):
             return model(levels, keys, own, beta=beta, weight=weight)
@@ -45,7 +56,7 @@ def both_passes(
         terms, objective_nats = forward(model, levels, keys, own, job=job, beta=beta)
     with stage("backward"):
         (objective_nats * weight).backward()  # type: ignore[no-untyped-call]
-    return terms.detach(), objective_nats.detach()
+    return Passed(terms.detach(), objective_nats.detach())
 
 
 def usual_sizes(job: JobConfig, *, world_size: int) -> set[int]:
@@ -90,7 +101,7 @@ class CompiledPasses:
 
     def __call__(
         self, levels: Tensor, keys: Int64[Tensor, " B"], own: Int64[Tensor, " B"] | None, *, beta: float, weight: float
-    ) -> tuple[BoundTerms, Float[Tensor, ""]]:
+    ) -> Passed:
         """As `both_passes`."""
         usual = len(levels) in self._sizes
         # As tensors: a graph would be made for each value of a number.
@@ -103,7 +114,7 @@ class CompiledPasses:
             with tracing.patch(trace_autograd_ops=True):
                 self._graph(*arguments)
             self._compiled = True
-        terms, objective_nats, gradients = (self._graph if usual else self._passes)(*arguments)
+        passed, gradients = (self._graph if usual else self._passes)(*arguments)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(gradient)
@@ -111,7 +122,7 @@ class CompiledPasses:
                 parameter.grad = gradient
             else:  # fused optimisers go through the memory of both in one order
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        return terms, objective_nats
+        return passed
 
     def _passes(
         self,
@@ -121,7 +132,8 @@ class CompiledPasses:
         drawn: Mapping[int, Tensor],
         beta: Float[Tensor, ""],
         weight: Float[Tensor, ""],
-    ) -> tuple[BoundTerms, Float[Tensor, ""], tuple[Tensor, ...]]:
+    ) -> tuple[Passed, tuple[Tensor, ...]]:
         terms, objective_nats = forward(self._scorer, levels, keys, own, job=self._job, beta=beta, drawn=drawn)
         gradients = torch.autograd.grad(objective_nats * weight, self._parameters)
-        return terms.detach(), objective_nats.detach(), gradients
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+        return Passed(terms.detach(), objective_nats.detach(), norm), gradients

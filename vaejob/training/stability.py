@@ -73,12 +73,15 @@ class GradientGuard:
         return 0.5**self.halvings
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> Float[Tensor, ""]:
-        """Moves the weights by the gradients that they hold; 1 if the step was skipped, else 0, on the device."""
+    def step(self, optimizer: torch.optim.Optimizer, *, norm: Float[Tensor, ""] | None = None) -> Float[Tensor, ""]:
+        """Moves the weights by the gradients that they hold; 1 if the step was skipped, else 0, on the device.
+
+        norm: of all gradients together, if it is known.
+        """
         held = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
         gradients = [gradient for gradient in held if gradient is not None]
         self._steps += 1
-        norm = nn.utils.get_total_norm(gradients).float()
+        norm = nn.utils.get_total_norm(gradients).float() if norm is None else norm
         if isinstance(self._judge, DeviceJudge):
             # What GradScaler tells a fused optimiser: it leaves everything as it is, or divides the gradient first.
             skipped, divisor = self._judge(norm)

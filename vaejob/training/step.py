@@ -16,7 +16,7 @@ from vaejob.likelihood.bounds import BoundTerms, NegativeELBO
 from vaejob.likelihood.pixels import ObservationModel, make_pixels
 from vaejob.model import build_model
 from vaejob.model.noise import Noise, image_noise
-from vaejob.training.passes import CompiledPasses, both_passes
+from vaejob.training.passes import CompiledPasses, Passed, both_passes
 from vaejob.training.profile import stage
 from vaejob.training.stability import GradientGuard
 
@@ -79,16 +79,16 @@ def train_step(
         noise = training_noise(ids, seed=job.run.seed, epoch=epoch, device=images.device)
         levels = draw_levels(images, ids, pixels=pixels, config=job.likelihood, noise=noise)
     own = torch.tensor(ids, device=images.device) if job.objective.own_codes else None
-    passed = list[tuple[BoundTerms, Float[Tensor, ""]]]()
+    passed = list[Passed]()
     for piece in (pieces := in_pieces(len(ids), job.training.micro_batch)):
         with summed_later(model) if piece is not pieces[-1] else nullcontext():
             keys, own_of_piece = noise.keys[piece], None if own is None else own[piece]
             passed.append(both_passes(model, levels[piece], keys, own_of_piece, job=job, beta=beta, weight=weight))
-    terms, objective_nats = joined(passed)
+    terms, objective_nats, norm = joined(passed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     with stage("guard"):
-        skipped = guard.step(optimizer)
+        skipped = guard.step(optimizer, norm=norm)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -105,12 +105,12 @@ def summed_later(model: nn.Module | CompiledPasses) -> AbstractContextManager[No
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-def joined(passed: Sequence[tuple[BoundTerms, Float[Tensor, ""]]]) -> tuple[BoundTerms, Float[Tensor, ""]]:
+def joined(passed: Sequence[Passed]) -> Passed:
     if len(passed) == 1:
         return passed[0]
-    columns = zip(*(terms for terms, _ in passed), strict=True)
+    columns = zip(*(one.terms for one in passed), strict=True)
     terms = BoundTerms(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
-    return terms, torch.stack([nats for _, nats in passed]).sum()
+    return Passed(terms, torch.stack([one.objective_nats for one in passed]).sum())
 
 
 @torch.no_grad()
