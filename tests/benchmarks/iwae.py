@@ -1,0 +1,174 @@
+"""The MNIST table of Burda et al. (2016), shortened to what a CPU hour holds, and what its whole length would give.
+
+    python tests/benchmarks/iwae.py --mnist FOLDER [--runs BUCKET] [--points FILE] [--only 1-50 ...] [--part 1]
+    python tests/benchmarks/iwae.py --points FILE --table [--readme]
+
+FOLDER holds packed images in train/ and test/. Each recipe mnist-iwae-LAYERS-CODES trains on one core for a sixteenth, a
+quarter, and the whole of the images of HOUR, which is about a CPU hour (--part: of that), its schedule with all eight stages
+squeezed into them. The figure is the negative IWAE bound of 5,000 codes on the 10,000 test images; of the shorter runs, that
+of 50 codes, and what 5,000 change of it on every fifth image. What is measured goes into FILE (default iwae-points.json) as
+it comes, and runs are resumed: a call that was killed is repeated.
+
+The whole length, 3,280 epochs, is extrapolated: nats = a + b images^-c through the three lengths. How well that does is told
+by a recipe that has a fourth length, a 64th (--shortest): the law of its three shorter ones foretells its longest.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import vaejob
+from tests.benchmarks.peers.tables import around_markers, line, write_between_markers
+from vaejob.data.pack import pack
+from vaejob.data.sources import ArraySource
+
+README, BEGIN = Path(__file__).parents[2] / "README.md", "<!-- iwae benchmark -->"
+PUBLISHED = {"1-1": 86.76, "1-5": 85.54, "1-50": 84.78, "2-1": 85.33, "2-5": 83.89, "2-50": 82.90}
+HOUR = {"1-1": 15_000_000, "1-5": 12_600_000, "1-50": 2_820_000, "2-1": 12_000_000, "2-5": 7_200_000, "2-50": 1_800_000}
+"""Images of a CPU hour, about."""
+WHOLE, EPOCH, STEP = 3_280 * 60_000, 60_000, 4
+SAMPLES, FEW = 5_000, 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A recipe's bound after so many images, its schedule squeezed into them."""
+
+    recipe: str
+    images: int
+    nats: float
+    error: float
+    """Standard error over images; of a shorter run, of what 5,000 codes change."""
+    cpu_seconds: float
+    """Of training."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--mnist", help="folder or bucket of packed MNIST")
+    arguments.add_argument("--runs", default="runs", help="bucket for the runs")
+    arguments.add_argument("--points", type=Path, default=Path("iwae-points.json"), help="file of what was measured")
+    arguments.add_argument("--only", nargs="+", choices=PUBLISHED, default=list(PUBLISHED), metavar="L-K")
+    arguments.add_argument("--part", type=float, default=1.0, help="of an hour's images")
+    arguments.add_argument("--shortest", action="store_true", help="a 64th, too")
+    arguments.add_argument("--table", action="store_true", help="measure nothing")
+    arguments.add_argument("--readme", action="store_true", help="write the table into README.md, between its markers")
+    options = arguments.parse_args()
+    if options.readme:
+        around_markers(README, begin=BEGIN)  # before hours of work
+    points = [Point(**each) for each in json.loads(options.points.read_text())] if options.points.exists() else []
+    if not options.table:
+        for recipe in options.only:
+            for shorter in range(2 + options.shortest, -1, -1):
+                images = int(HOUR[recipe] * options.part) // STEP**shorter
+                if not any((point.recipe, point.images) == (recipe, images) for point in points):
+                    points.append(measured(recipe, images, in_full=not shorter, options=options))
+                    options.points.write_text(json.dumps([asdict(point) for point in points], indent=1))
+                    print(points[-1], flush=True)
+    report = "\n".join(table(points))
+    print(report)
+    if options.readme:
+        write_between_markers(README, report, begin=BEGIN)
+
+
+def measured(recipe: str, images: int, *, in_full: bool, options: argparse.Namespace) -> Point:
+    name = f"iwae-{recipe}-{images}"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    call(
+        "train", f"mnist-iwae-{recipe}", f"run.name={name}", f"run.bucket={options.runs}", "cluster.workers=0",
+        f"data.train={options.mnist}/train", f"data.test={options.mnist}/test", f"training.images={images}",
+        "training.compile=true", "training.evaluate_every_images=0", f"training.report_every_images={EPOCH}",
+        f"checkpoint.every_images={max(images // 40, EPOCH)}",
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    run = f"{options.runs}/{name}"
+    if in_full:
+        found = bound(run, f"{options.mnist}/test", SAMPLES)
+        return Point(recipe=recipe, images=images, nats=found["nats"], error=found["error"], cpu_seconds=seconds)
+    fifth = f"{options.points.absolute().parent}/every-fifth"
+    if not Path(fifth).exists():
+        test = vaejob.open_data(f"{options.mnist}/test")
+        pack(ArraySource("every fifth test image", test.images(np.arange(0, test.manifest.images, 5))), fifth)
+    many, few = (bound(run, f"{fifth}/train", samples) for samples in (SAMPLES, FEW))
+    all_few = bound(run, f"{options.mnist}/test", FEW)
+    return Point(
+        recipe=recipe,
+        images=images,
+        nats=all_few["nats"] + many["nats"] - few["nats"],
+        error=all_few["error"],
+        cpu_seconds=seconds,
+    )
+
+
+def bound(run: str, data: str, samples: int) -> dict[str, float]:
+    found = json.loads(
+        call("evaluate", run, "--samples", str(samples), "--data", data, "--compile", "--json", "--quiet")
+    )
+    return {"nats": found["negative_bound_nats"], "error": found["negative_bound_nats_standard_error"]}
+
+
+def call(*command: str) -> str:
+    """vaejob on one core; its progress goes to the terminal."""
+    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "vaejob", *command], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return answer.stdout
+
+
+def at_length(points: Iterable[Point], images: int) -> float | None:
+    """By a power law through three points whose lengths are each STEP times the one before; None where none goes through."""
+    shortest, middle, longest = sorted(points, key=lambda point: point.images)
+    gained, gained_last = shortest.nats - middle.nats, middle.nats - longest.nats
+    if not 0 < gained_last < gained:
+        return None
+    ratio = gained / gained_last  # STEP^c
+    end = longest.nats - gained_last / (ratio - 1)
+    return float(end + (longest.nats - end) * (images / longest.images) ** -math.log(ratio, STEP))
+
+
+def table(points: list[Point]) -> list[str]:
+    head = ["layers, codes", "epochs of 3,280", "CPU minutes", "-IWAE-5000", "shortened to 1/4, 1/16", "whole length, extrapolated", "published"]  # fmt: skip
+    lines = [f"{datetime.now(UTC):%Y-%m-%d}, one core.", "", line(head), line(["---"] * len(head))]
+    checks = []
+    for recipe, published in PUBLISHED.items():
+        own = sorted((point for point in points if point.recipe == recipe), key=lambda point: -point.images)
+        if not own:
+            continue
+        longest, foretold = own[0], at_length(own[:3], WHOLE) if len(own) >= 3 else None
+        lines.append(
+            line(
+                [
+                    recipe.replace("-", ", "),
+                    f"{longest.images / EPOCH:.0f}",
+                    f"{longest.cpu_seconds / 60:.0f}",
+                    f"{longest.nats:.2f} ± {longest.error:.2f}",
+                    ", ".join(f"{point.nats:.2f}" for point in own[1:3]),
+                    f"{foretold:.1f}" if foretold else "",
+                    f"{published:.2f}",
+                ]
+            )
+        )
+        if len(own) >= 4 and (told := at_length(own[1:4], longest.images)):
+            checks.append(
+                f"{recipe.replace('-', ', ')}: {told:.2f} foretold for {longest.images / EPOCH:.0f} epochs, {longest.nats:.2f} found"
+            )
+    return [*lines, "", *([f"The law held against a length that it did not see: {'; '.join(checks)}.", ""] if checks else [])]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
