@@ -26,6 +26,7 @@ HEALTH_CHECK_SECONDS = 0.5
 DRAIN_CHECK_SECONDS = 1.0
 OWN_CLUSTER_SECONDS = 5.0
 STARTS_OF_A_NODE = 4
+SHARED_MEMORY = Path("/dev/shm")
 LONGEST_FOLDER = 41
 """Bytes: Ray puts sockets below its folder, and their paths end at 107."""
 
@@ -93,6 +94,11 @@ def _here() -> Iterator[dict[str, Any]]:
 
     The folder, where Ray's logs are, stays if the job fails.
     """
+    if SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK):
+        raise _NotConnected(  # Ray's node would not start, and not say why
+            f"{SHARED_MEMORY}, where Ray keeps what its processes share, may not be written by this user; in a container, "
+            "mount a tmpfs there whose mode is 1777"
+        )
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(f"{parent}/vaejob-xxxxxxxx/r")) > LONGEST_FOLDER:
         parent = "/tmp"
