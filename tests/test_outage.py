@@ -36,10 +36,10 @@ DOWN = {"fault": "status", "code": 503, "s3code": "SlowDown"}
 
 @pytest.fixture
 def proxy(s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """What every bucket is reached through from now on, and given up on after a second."""
+    """What every bucket is reached through from now on, and given up on after a second or two."""
     with FaultProxy(upstream=s3_env.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        set_deadlines(monkeypatch, deadline_s=1.0, request_s=0.5)
+        set_deadlines(monkeypatch, deadline_s=2.0, request_s=1.0)
         yield proxy
         proxy.strike()
 

@@ -296,7 +296,7 @@ def struck(
     """A bucket behind a proxy that strikes its requests, and the proxy."""
     with FaultProxy(upstream=s3_env.port) as proxy:
         set_endpoint(monkeypatch, f"http://127.0.0.1:{proxy.port}")
-        yield RemoteBucket(s3_bucket, deadline_s=15, request_s=1.5), proxy
+        yield RemoteBucket(s3_bucket, deadline_s=60, request_s=1.5), proxy  # a busy machine may be late many times
 
 
 ONCE: list[dict[str, Any]] = [
@@ -412,12 +412,13 @@ class TestUnderFaults:
     def test_what_never_ends_is_one_line_within_the_deadline(
         self, struck: tuple[RemoteBucket, FaultProxy], rule: dict[str, Any], reason: str
     ) -> None:
-        bucket, proxy = RemoteBucket(struck[0].url, deadline_s=3, request_s=1), struck[1]
+        request_s = 1 if rule["fault"] == "blackhole" else 2  # where a busy machine is not to be too late by itself
+        bucket, proxy = RemoteBucket(struck[0].url, deadline_s=4, request_s=request_s), struck[1]
         proxy.strike(rule)
         for error, seconds in outcomes(bucket):
             assert isinstance(error, BucketError)
-            assert re.fullmatch(rf"{bucket.url}/\w*: gave up after \d s and \d+ attempts: {reason}[ \w]*", str(error))
-            assert seconds < 3 + SLACK_S
+            assert re.fullmatch(rf"{bucket.url}/\w*: gave up after \d+ s and \d+ attempts: {reason}[ \w]*", str(error))
+            assert seconds < 4 + SLACK_S
 
 
 def every_verb(bucket: Bucket) -> list[Callable[[], Any]]:
