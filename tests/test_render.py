@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -439,26 +440,9 @@ def test_the_batch_script_starts_ray_drives_the_job_and_requeues_what_may_go_on(
     ends: str, restarts: int, status: int, requeued: bool, tmp_path: Path
 ) -> None:
     """With Slurm's commands replaced by ones that run steps here. scontrol requeue ends the script, as Slurm does."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in COMMANDS_OF_SLURM.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(stat.S_IRWXU)
     log, job_id = tmp_path / "log", str(900_000_000 + abs(hash(tmp_path)) % 1000)
-    script = tmp_path / "job.sbatch"
-    text = render("slurm", example())["job.sbatch"]
-    script.write_text(text.replace("set -euo pipefail\n", 'set -euo pipefail\necho $$ >"$LOG.pid"\n', 1))
-    environment = {
-        "PATH": f"{programs}:/usr/bin:/bin", "LOG": str(log), "ENDS": ends, "SLURM_JOB_ID": job_id, "SLURM_JOB_NAME": "x",
-        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "4",
-        "SLURM_RESTART_COUNT": str(restarts),
-    }  # fmt: skip
-    with (tmp_path / "output").open("w") as output:
-        done = subprocess.run(
-            ["bash", script], env=environment, cwd=tmp_path, stdout=output, stderr=output, check=False
-        )
-    shutil.rmtree(f"/tmp/vaejob-{job_id}", ignore_errors=True)
-    assert done.returncode == status, (tmp_path / "output").read_text()
+    found, output = run_batch_script(tmp_path, COMMANDS_OF_SLURM, job_id=job_id, ends=ends, restarts=restarts)
+    assert found == status, output
     lines = log.read_text().splitlines()
     port = 20000 + int(job_id) % 10000
     assert sum("--head" in line and f"--port={port}" in line for line in lines) == 1
@@ -466,6 +450,40 @@ def test_the_batch_script_starts_ray_drives_the_job_and_requeues_what_may_go_on(
     assert f"vaejob train /tmp/vaejob-{job_id}/job.yaml 10.1.2.3:{port}" in lines
     assert (f"scontrol requeue {job_id}" in lines) == requeued
     assert parse_config(Path(f"{log}.job").read_text()).run == example().run
+
+
+def run_batch_script(
+    folder: Path, commands: Mapping[str, str], *, job_id: str, ends: str = "0", restarts: int = 0
+) -> tuple[int, str]:
+    """Its exit status and what it says."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in commands.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(stat.S_IRWXU)
+    script = folder / "job.sbatch"
+    text = render("slurm", example())["job.sbatch"]
+    script.write_text(text.replace("set -euo pipefail\n", 'set -euo pipefail\necho $$ >"$LOG.pid"\n', 1))
+    environment = {
+        "PATH": f"{programs}:/usr/bin:/bin", "LOG": str(folder / "log"), "ENDS": ends, "SLURM_JOB_ID": job_id,
+        "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "4",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }  # fmt: skip
+    with (folder / "output").open("w") as output:
+        done = subprocess.run(["bash", script], env=environment, cwd=folder, stdout=output, stderr=output, check=False)
+    shutil.rmtree(f"/tmp/vaejob-{job_id}", ignore_errors=True)
+    return done.returncode, (folder / "output").read_text()
+
+
+def test_the_batch_script_needs_an_address_that_other_nodes_can_reach(tmp_path: Path) -> None:
+    """And says nothing of a name that has none."""
+    nameless = '#!/bin/bash\n[ "$1" = --all-ip-addresses ] && echo 127.0.0.1 fe80::1 || { echo no address for name >&2; exit 1; }\n'
+    commands = COMMANDS_OF_SLURM | {"hostname": nameless}
+    job_id = str(900_001_000 + abs(hash(tmp_path)) % 1000)
+    assert run_batch_script(tmp_path, commands, job_id=job_id) == (
+        2,
+        "n1 has no IPv4 address that other nodes can reach\n",
+    )
 
 
 def test_printed_and_written_are_the_same(tmp_path: Path) -> None:

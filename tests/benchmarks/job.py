@@ -162,7 +162,7 @@ def settings(options: argparse.Namespace) -> vaejob.JobConfig:
     return vaejob.load_config(
         "mnist-iwae-1", f"data.train={options.data}", "data.test=null", f"data.global_batch={BATCH * options.workers}",
         f"run.bucket=s3://{BUCKET}/runs-{os.getpid()}", f"cluster.workers={options.workers}", "training.images=1000000000",
-        "training.report_every_images=2000", "training.evaluate_every_images=0", "checkpoint.every_images=120000", *options.set,
+        "training.report_every_images=10000", "training.evaluate_every_images=0", "checkpoint.every_images=120000", *options.set,
     )  # fmt: skip
 
 

@@ -93,8 +93,12 @@ trap end EXIT
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${{nodes[0]}}
 # Not 127.0.1.1, which some systems give their own name, nor IPv6.
-head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" bash -c 'hostname --ip-address; hostname --all-ip-addresses' |
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" bash -c 'hostname --ip-address 2>/dev/null; hostname --all-ip-addresses' |
   tr ' ' '\\n' | awk '/^[0-9.]+$/ && !/^127[.]/ {{ print; exit }}')
+if [ -z "$head_ip" ]; then
+  echo "$head has no IPv4 address that other nodes can reach"
+  exit 2
+fi
 port=$((20000 + SLURM_JOB_ID % 10000))
 export RAY_ADDRESS=$head_ip:$port
 echo "start ${{SLURM_RESTART_COUNT:-0}} on $SLURM_JOB_NODELIST, Ray at $RAY_ADDRESS"
