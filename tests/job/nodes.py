@@ -84,14 +84,14 @@ class Job:
     def said(self) -> str:
         return self._log.read_text()
 
-    def wait_until(self, what: Callable[[], object], *, seconds: float = 180) -> None:
+    def wait_until(self, what: Callable[[], object], *, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
             time.sleep(0.05)
 
-    def wait_until_says(self, text: str, *, seconds: float = 180) -> None:
+    def wait_until_says(self, text: str, *, seconds: float = 300) -> None:
         self.wait_until(lambda: text in self.said, seconds=seconds)
 
     def wait_for_checkpoint(self, run: Path, *, after: int = 0) -> int:
