@@ -57,9 +57,9 @@ class Point:
     images: int
     nats: float
     error: float
-    """Standard error over images; of a shorter run, of what 5,000 codes change."""
+    """Standard error over images."""
     cpu_seconds: float
-    """Of training."""
+    """Of training; of a run that was killed, since it went on."""
 
 
 def main() -> None:
@@ -147,31 +147,26 @@ def law_of(points: Iterable[Point]) -> Callable[[int], float] | None:
 
 
 def table(points: Iterable[Point]) -> list[str]:
-    runs = {
-        recipe: sorted((point for point in points if point.recipe == recipe), key=lambda point: point.images)
-        for recipe in PUBLISHED
-    }
-    law = law_of(runs[LAW][-3:]) if len(runs[LAW]) >= 3 else None
+    ordered = sorted(points, key=lambda point: point.images)
+    runs = {recipe: own for recipe in PUBLISHED if (own := [point for point in ordered if point.recipe == recipe])}
+    law = law_of(runs[LAW][-3:]) if len(runs.get(LAW, [])) >= 3 else None
     head = ["layers, codes", "epochs of 3,280", "CPU minutes", "-IWAE-5000", "all epochs, extrapolated", "published"]
-    lines = [f"{datetime.now(UTC):%Y-%m-%d}, one core.", "", line(head), line(["---"] * len(head))]
-    for recipe, own in runs.items():
-        if own:
-            longest = own[-1]
-            foretold = longest.nats - law(longest.images) + law(WHOLE) if law else None
-            cells = [recipe.replace("-", ", "), f"{longest.images / EPOCH:.0f}", f"{longest.cpu_seconds / 60:.0f}"]
-            cells += [f"{longest.nats:.2f} ± {longest.error:.2f}", f"{foretold:.1f}" if foretold else ""]
-            lines.append(line([*cells, f"{PUBLISHED[recipe]:.2f}"]))
-    checks = []
-    for recipe, own in runs.items():
-        *shorter, longest = own or [None]
-        told = None
-        if recipe == LAW and len(shorter) >= 3 and (earlier := law_of(shorter[-3:])):
-            told = earlier(longest.images)
-        elif recipe != LAW and shorter and law:
-            told = shorter[-1].nats - law(shorter[-1].images) + law(longest.images)
-        if told is not None:
-            checks.append(f"{told:.1f} and {longest.nats:.1f} for {recipe.replace('-', ', ')}")
+    lines, checks = [f"{datetime.now(UTC):%Y-%m-%d}, one core.", "", line(head), line(["---"] * len(head))], []
+    for recipe, (*shorter, longest) in runs.items():
+        name = recipe.replace("-", ", ")
+        cells = [name, f"{longest.images / EPOCH:.0f}", f"{longest.cpu_seconds / 60:.0f}"]
+        cells += [f"{longest.nats:.2f} ± {longest.error:.2f}", f"{foretold(longest, WHOLE, law):.1f}" if law else ""]
+        lines.append(line([*cells, f"{PUBLISHED[recipe]:.2f}"]))
+        seen = law if recipe != LAW else law_of(shorter[-3:]) if len(shorter) >= 3 else None  # not the longest of LAW
+        if shorter and seen:
+            told = foretold(shorter[-1], longest.images, seen)
+            checks.append(f"{told:.1f} and {longest.nats:.1f} for {name}")
     return [*lines, "", *([f"Foretold from a quarter of a run, and found: {'; '.join(checks)}.", ""] if checks else [])]
+
+
+def foretold(run: Point, images: int, law: Callable[[int], float]) -> float:
+    """Its nats, had it been as long: it gains what the law gains."""
+    return run.nats - law(run.images) + law(images)
 
 
 if __name__ == "__main__":
