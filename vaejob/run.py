@@ -40,6 +40,7 @@ from vaejob.training.profile import profiled
 from vaejob.training.resident import batches_on_device
 from vaejob.training.stability import Diverged
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
+from vaejob.training.subnormal import subnormals_as_zero
 from vaejob.training.worker import Event, Report, Told, Worker, patience_with_images, reading
 
 
@@ -127,6 +128,7 @@ class GoBack(NamedTuple):
     why: str
 
 
+@subnormals_as_zero()
 def work(job: JobConfig, worker: Worker) -> None:
     """One rank of the job, from the newest good checkpoint to the end; a few times back to one where training diverges."""
     retries_before = retries_so_far()

@@ -6,8 +6,10 @@ from vaejob.config import JobConfig
 from vaejob.data.batches import Batch
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.training.step import StepTerms, train_step
+from vaejob.training.subnormal import subnormals_as_zero
 
 
+@subnormals_as_zero()
 def take_step(
     job: JobConfig,
     scorer: NegativeELBO,

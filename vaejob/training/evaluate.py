@@ -11,6 +11,7 @@ from vaejob.likelihood.bounds import NegativeELBO, importance_bound, log_weights
 from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals, layer_totals
 from vaejob.model.noise import Noise
 from vaejob.training.step import draw_levels, evaluation_noise
+from vaejob.training.subnormal import subnormals_as_zero
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
 """Of (ids, uint8 images)."""
@@ -19,6 +20,7 @@ LAYER_DRAWS = 8
 """Codes drawn per image to tell, of a layer given others, what the image decides from what chance decides."""
 
 
+@subnormals_as_zero()
 @torch.no_grad()
 def evaluate(
     scorer: NegativeELBO,

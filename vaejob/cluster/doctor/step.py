@@ -16,6 +16,7 @@ from vaejob.config import JobConfig
 from vaejob.data.batches import open_data
 from vaejob.training.checkpoint import TrainState
 from vaejob.training.step import make_scorer, move_average, train_step
+from vaejob.training.subnormal import subnormals_as_zero
 
 SMALL, LARGER = 2, 4
 """Images of the two batches whose difference tells what one more image keeps."""
@@ -64,6 +65,7 @@ class Trial:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
+    @subnormals_as_zero()
     def timed(self, images: int) -> TimedStep:
         """The mean of some steps after one that does not count."""
         on_gpu = self._device.type == "cuda"

@@ -1,0 +1,93 @@
+"""Subnormal numbers are zero where a job computes, and nowhere else; no weight and no score moves by it."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vaejob
+from tests.test_resident import PIXELS, job_on
+from vaejob.data.batches import open_data
+from vaejob.data.pack import pack
+from vaejob.data.sources import ArraySource
+from vaejob.training.evaluate import evaluate
+from vaejob.training.step import make_optimizer, make_scorer, train_step
+from vaejob.training.subnormal import subnormals_as_zero
+
+IWAE = ("objective.bound=iwae", "objective.samples=50", "data.global_batch=90")
+
+
+def half_of_the_least_normal_float() -> float:
+    return sys.float_info.min / 2
+
+
+def test_only_the_threads_of_a_job_have_none(tmp_path: Path) -> None:
+    pack(ArraySource("noise", PIXELS), f"{tmp_path}/noise")
+    job = job_on(f"{tmp_path}/noise/train", "data.test=null", bucket=f"{tmp_path}/runs")
+    inside = list[float]()
+
+    def should_stop() -> bool:
+        inside.append(half_of_the_least_normal_float())
+        return False
+
+    vaejob.train(job, should_stop=should_stop)
+    assert set(inside) == {0.0}
+    assert half_of_the_least_normal_float() > 0
+
+    scores = list[float]()
+    model = vaejob.load(f"{tmp_path}/runs/run")
+    model.evaluate(open_data(job.data.train), on_progress=lambda done: scores.append(half_of_the_least_normal_float()))
+    assert set(scores) == {0.0}
+    assert half_of_the_least_normal_float() > 0
+    with subnormals_as_zero():
+        model.evaluate(open_data(job.data.train))
+        assert half_of_the_least_normal_float() == 0  # as it was
+
+
+def test_weights_and_scores_of_the_iwae_stay_the_same_to_the_bit() -> None:
+    as_zero, kept = trained(zero=True), trained(zero=False)
+    assert as_zero.subnormal_slopes == 0
+    assert kept.subnormal_slopes > 1000  # else nothing would be shown
+    assert torch.equal(as_zero.weights, kept.weights)
+    assert as_zero.score == kept.score
+
+
+class Trained(NamedTuple):
+    weights: Tensor
+    subnormal_slopes: int
+    """Of the objective by the logits of each sample."""
+    score: float
+    """Bits/dim of the bound."""
+
+
+def trained(*, zero: bool) -> Trained:
+    """By some steps from weights that put the samples of an image far apart."""
+    job, device = job_on("memory://nowhere", *IWAE), torch.device("cpu")
+    scorer = make_scorer(job, shape=(3, 4, 4))
+    output = [module for module in scorer.modules() if isinstance(module, torch.nn.Linear)][-1]
+    counts = list[int]()
+    output.register_full_backward_hook(lambda _module, _inputs, slopes: counts.append(subnormal(slopes[0])))  # type: ignore[index]
+    with torch.no_grad():
+        output.weight.mul_(40)
+    optimizer = make_optimizer(job.optimizer, scorer)
+    ids, images = np.arange(len(PIXELS)), torch.from_numpy(PIXELS)
+    with subnormals_as_zero() if zero else nullcontext():
+        for epoch in range(20):
+            train_step(
+                scorer, optimizer, images, ids, job=job, pixels=scorer.pixels, epoch=epoch, beta=1.0,
+                learning_rate=1e-3, weight=1 / len(ids),
+            )  # fmt: skip
+    score = evaluate if zero else evaluate.__wrapped__  # type: ignore[attr-defined]
+    totals = score(scorer, [(ids, PIXELS)], dims_per_image=48, config=job.likelihood, device=device, samples=50)
+    weights = torch.nn.utils.parameters_to_vector(scorer.parameters()).detach()
+    return Trained(weights, sum(counts), totals.bits_per_dim)
+
+
+def subnormal(numbers: Tensor) -> int:
+    """By their bits: comparisons know none where they count as zero."""
+    magnitude = numbers.contiguous().view(torch.int32) & 0x7FFFFFFF
+    return int(((magnitude > 0) & (magnitude < 0x00800000)).sum())
