@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.test_bounds import GaussianDensity, LinearVAE, random_images
 from vaejob.config import LikelihoodConfig
+from vaejob.data.batches import EVALUATION_BLOCK
 from vaejob.likelihood.bounds import BoundTerms, NegativeELBO
 from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals
 from vaejob.model import VAE
@@ -21,7 +22,7 @@ from vaejob.model.gaussian import Gaussian, kl, standard_normal
 from vaejob.model.noise import LATENT, Noise
 from vaejob.model.vae import Inference, Layer
 from vaejob.totals import OF_WEIGHTS
-from vaejob.training.evaluate import evaluate, layer_diagnostics
+from vaejob.training.evaluate import LAYER_DRAWS, evaluate, layer_diagnostics
 
 NATS = st.floats(0, 1e6, width=32) | st.floats(-50, 300, width=32)
 IMAGES = st.lists(st.tuples(NATS, NATS, NATS), max_size=30)
@@ -331,6 +332,20 @@ def test_totals_of_layers_do_not_depend_on_how_images_are_split(blocks):
     for name in ("means", "products"):
         for one, other in zip(getattr(whole, name), getattr(parts, name), strict=True):
             assert np.array_equal(one, other)
+
+
+def test_no_more_codes_are_drawn_at_once_than_a_block_has_images():
+    vae, drawn = OneDeadUnit(), list[int]()
+    draw = vae.draw
+
+    def counted(encoding: Gaussian, noise: Noise, *, samples: int = 1) -> Inference:
+        drawn.append(len(noise.keys))
+        return draw(encoding, noise, samples=samples)
+
+    vae.draw = counted
+    layers_of(vae, 500)
+    assert sum(drawn) == 500 * LAYER_DRAWS
+    assert max(drawn) <= EVALUATION_BLOCK
 
 
 def test_no_images_have_no_layers():

@@ -10,7 +10,7 @@ from vaejob.config import LikelihoodConfig, Precision
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound, log_weights
 from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals, layer_totals
 from vaejob.model.noise import Noise
-from vaejob.training.step import draw_levels, evaluation_noise
+from vaejob.training.step import draw_levels, evaluation_noise, in_pieces
 from vaejob.training.subnormal import subnormals_as_zero
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -18,6 +18,8 @@ Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
 
 LAYER_DRAWS = 8
 """Codes drawn per image to tell, of a layer given others, what the image decides from what chance decides."""
+LAYER_IMAGES_AT_ONCE = 32
+"""As many codes at once as an evaluation block has: of a ladder, all of them lie in memory with what made them."""
 
 
 @subnormals_as_zero()
@@ -61,9 +63,11 @@ def layer_diagnostics(
     """Rate and active units of each stochastic layer over the blocks, in one pass."""
     totals = LayerTotals()
     for levels, noise in _levels(scorer, blocks, config=config, device=device):
-        encoding = scorer.vae.encode(scorer.pixels.to_inputs(levels))
-        layers = scorer.vae.draw(encoding, noise.folds(range(LAYER_DRAWS)), samples=LAYER_DRAWS).layers
-        totals += layer_totals(layers, images=len(levels), draws=LAYER_DRAWS)
+        for piece in in_pieces(len(levels), LAYER_IMAGES_AT_ONCE):
+            encoding = scorer.vae.encode(scorer.pixels.to_inputs(levels[piece]))
+            folds = Noise(noise.keys[piece]).folds(range(LAYER_DRAWS))
+            layers = scorer.vae.draw(encoding, folds, samples=LAYER_DRAWS).layers
+            totals += layer_totals(layers, images=len(levels[piece]), draws=LAYER_DRAWS)
     return totals
 
 
