@@ -9,10 +9,11 @@ import torch
 
 @contextmanager
 def subnormals_as_zero() -> Iterator[None]:
-    """For the calling thread, and for threads that it starts meanwhile; also a decorator. Nothing on a GPU, which is as fast.
+    """In the calling thread, and in threads that it starts meanwhile; also a decorator. A GPU does not look at it.
 
-    A CPU takes a hundred times as long for each. The weights of IWAE's samples, e^-90 and less, make them in every gradient,
-    whose larger terms round all of 1e-38 away. Unlike in a whole program that is so set, the caller's floats stay as they were.
+    The weights of IWAE's samples, e^-90 and less, make subnormals in every gradient, whose larger terms round all of 1e-38
+    away. On a CPU their products take 13 times as long one by one, 200 times in matrices. Afterwards the caller's floats are
+    what they were.
     """
     before = sys.float_info.min / 2 == 0
     torch.set_flush_denormal(True)
