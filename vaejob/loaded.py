@@ -24,6 +24,7 @@ from vaejob.model.gaussian import Gaussian
 from vaejob.model.noise import Noise, image_noise
 from vaejob.storage import open_bucket
 from vaejob.storage.runs import Record, choose_record, read_job
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.checkpoint import load_best, read_state
 from vaejob.training.evaluate import evaluate, layer_diagnostics
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer, require_compiler
@@ -97,6 +98,7 @@ class LoadedModel:
         parameters = self.scorer.vae.infer(self.scorer.pixels.to_inputs(levels), noise).parameters
         return self.scorer.pixels.to_uint8(levels), self.scorer.pixels.to_uint8(self.scorer.pixels.mean(parameters))
 
+    @own_arithmetic()
     @torch.no_grad()
     def log_likelihood_bound(
         self, images: UInt8[Tensor, "B C H W"] | np.ndarray, ids: np.ndarray | None = None, *, samples: int = 1

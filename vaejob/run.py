@@ -32,6 +32,7 @@ from vaejob.storage.runs import (
     read_record,
     recorded_images,
 )
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.beside import LedgerBeside
 from vaejob.training.checkpoint import StateWriter, TrainState, read_state, state_of_first
 from vaejob.training.ledger import Ledger
@@ -40,7 +41,6 @@ from vaejob.training.profile import profiled
 from vaejob.training.resident import batches_on_device
 from vaejob.training.stability import Diverged
 from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
-from vaejob.training.subnormal import subnormals_as_zero
 from vaejob.training.worker import Event, Report, Told, Worker, patience_with_images, reading
 
 
@@ -128,7 +128,7 @@ class GoBack(NamedTuple):
     why: str
 
 
-@subnormals_as_zero()
+@own_arithmetic()
 def work(job: JobConfig, worker: Worker) -> None:
     """One rank of the job, from the newest good checkpoint to the end; a few times back to one where training diverges."""
     retries_before = retries_so_far()

@@ -38,8 +38,8 @@ from tests.benchmarks.paired import Spread, spread
 from tests.s3.server import client, running, which_server
 from vaejob.data.batches import open_data
 from vaejob.storage import open_bucket
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.step import make_optimizer, make_scorer, train_step
-from vaejob.training.subnormal import subnormals_as_zero
 from vaejob.training.worker import Event, Report
 
 GOAL, BUCKET, WARM_UP_SECONDS, BATCH = 0.97, "job-benchmark", 10.0, 100
@@ -204,7 +204,7 @@ def tree_cpu_seconds(root: psutil.Process) -> float:
     return total
 
 
-@subnormals_as_zero()
+@own_arithmetic()
 def bare(options: argparse.Namespace) -> None:
     """Under torchrun: rank 0 prints the moments, the CPU time being that of both processes and their launcher."""
     torch.set_num_threads(1)

@@ -5,11 +5,11 @@ import torch
 from vaejob.config import JobConfig
 from vaejob.data.batches import Batch
 from vaejob.likelihood.bounds import NegativeELBO
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.step import StepTerms, train_step
-from vaejob.training.subnormal import subnormals_as_zero
 
 
-@subnormals_as_zero()
+@own_arithmetic()
 def take_step(
     job: JobConfig,
     scorer: NegativeELBO,

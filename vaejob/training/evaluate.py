@@ -10,8 +10,8 @@ from vaejob.config import LikelihoodConfig, Precision
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound, log_weights
 from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals, layer_totals
 from vaejob.model.noise import Noise
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.step import draw_levels, evaluation_noise, in_pieces
-from vaejob.training.subnormal import subnormals_as_zero
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
 """Of (ids, uint8 images)."""
@@ -22,7 +22,7 @@ LAYER_IMAGES_AT_ONCE = 32
 """As many codes at once as an evaluation block has: of a ladder, all of them lie in memory with what made them."""
 
 
-@subnormals_as_zero()
+@own_arithmetic()
 @torch.no_grad()
 def evaluate(
     scorer: NegativeELBO,
@@ -56,6 +56,7 @@ def evaluate(
     return totals.to_host()
 
 
+@own_arithmetic()
 @torch.no_grad()
 def layer_diagnostics(
     scorer: NegativeELBO, blocks: Blocks, *, config: LikelihoodConfig, device: torch.device

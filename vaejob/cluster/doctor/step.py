@@ -14,9 +14,9 @@ from vaejob.cluster.doctor.probes import free_memory
 from vaejob.cluster.doctor.results import Curve, StepMemory, TimedStep
 from vaejob.config import JobConfig
 from vaejob.data.batches import open_data
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.checkpoint import TrainState
 from vaejob.training.step import make_scorer, move_average, train_step
-from vaejob.training.subnormal import subnormals_as_zero
 
 SMALL, LARGER = 2, 4
 """Images of the two batches whose difference tells what one more image keeps."""
@@ -65,7 +65,7 @@ class Trial:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
-    @subnormals_as_zero()
+    @own_arithmetic()
     def timed(self, images: int) -> TimedStep:
         """The mean of some steps after one that does not count."""
         on_gpu = self._device.type == "cuda"

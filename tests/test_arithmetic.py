@@ -1,4 +1,4 @@
-"""Subnormal numbers are zero where a job computes, and nowhere else; no weight and no score moves by it."""
+"""float32 means the same where a job computes, and what the caller had elsewhere; no weight and no score moves by it."""
 
 import sys
 from contextlib import nullcontext
@@ -14,38 +14,47 @@ from tests.test_resident import PIXELS, job_on
 from vaejob.data.batches import open_data
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
+from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.evaluate import evaluate
 from vaejob.training.step import make_optimizer, make_scorer, train_step
-from vaejob.training.subnormal import subnormals_as_zero
 
 IWAE = ("objective.bound=iwae", "objective.samples=50", "data.global_batch=90")
 
 
-def half_of_the_least_normal_float() -> float:
-    return sys.float_info.min / 2
+class Arithmetic(NamedTuple):
+    half_of_the_least_normal_float: float
+    tf32_in_convolutions: bool
 
 
-def test_only_the_threads_of_a_job_have_none(tmp_path: Path) -> None:
+def here() -> Arithmetic:
+    return Arithmetic(sys.float_info.min / 2, torch.backends.cudnn.allow_tf32)
+
+
+OWN, CALLERS = Arithmetic(0.0, False), Arithmetic(sys.float_info.min / 2, True)
+
+
+def test_it_is_that_of_a_job_only_where_a_job_computes(tmp_path: Path) -> None:
     pack(ArraySource("noise", PIXELS), f"{tmp_path}/noise")
     job = job_on(f"{tmp_path}/noise/train", "data.test=null", bucket=f"{tmp_path}/runs")
-    inside = list[float]()
+    assert here() == CALLERS
+    inside = list[Arithmetic]()
 
     def should_stop() -> bool:
-        inside.append(half_of_the_least_normal_float())
+        inside.append(here())
         return False
 
     vaejob.train(job, should_stop=should_stop)
-    assert set(inside) == {0.0}
-    assert half_of_the_least_normal_float() > 0
+    assert set(inside) == {OWN}
+    assert here() == CALLERS
 
-    scores = list[float]()
+    scores = list[Arithmetic]()
     model = vaejob.load(f"{tmp_path}/runs/run")
-    model.evaluate(open_data(job.data.train), on_progress=lambda done: scores.append(half_of_the_least_normal_float()))
-    assert set(scores) == {0.0}
-    assert half_of_the_least_normal_float() > 0
-    with subnormals_as_zero():
+    model.evaluate(open_data(job.data.train), on_progress=lambda done: scores.append(here()))
+    assert set(scores) == {OWN}
+    assert here() == CALLERS
+    with own_arithmetic():
         model.evaluate(open_data(job.data.train))
-        assert half_of_the_least_normal_float() == 0  # as it was
+        assert here() == OWN  # as it was
 
 
 def test_weights_and_scores_of_the_iwae_stay_the_same_to_the_bit() -> None:
@@ -75,7 +84,7 @@ def trained(*, zero: bool) -> Trained:
         output.weight.mul_(40)
     optimizer = make_optimizer(job.optimizer, scorer)
     ids, images = np.arange(len(PIXELS)), torch.from_numpy(PIXELS)
-    with subnormals_as_zero() if zero else nullcontext():
+    with own_arithmetic() if zero else nullcontext():
         for epoch in range(20):
             train_step(
                 scorer, optimizer, images, ids, job=job, pixels=scorer.pixels, epoch=epoch, beta=1.0,
