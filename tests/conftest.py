@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
@@ -37,6 +38,14 @@ class OneClusterAtATime(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         return "whole jobs" if nodeid.startswith(WHOLE_JOBS) else nodeid
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """The compiler cannot trace the checks of shapes that tests put around every function; jobs run without them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

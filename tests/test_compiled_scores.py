@@ -9,7 +9,6 @@ import torch
 
 import vaejob
 from tests.test_every_family import FAMILIES, job_of
-from tests.test_hierarchical import unchecked_shapes  # noqa: F401 - a fixture
 from tests.test_stability import pack_digits
 from vaejob.loaded import load
 

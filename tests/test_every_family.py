@@ -17,7 +17,6 @@ import torch.multiprocessing
 import vaejob
 import vaejob.training.loop
 from tests.test_checkpoint import assert_equal
-from tests.test_hierarchical import unchecked_shapes  # noqa: F401 - a fixture
 from tests.test_stability import WorkerWithLedger, newest_state, pack_digits, small_job
 from vaejob.config import JobConfig
 from vaejob.run import begin, work

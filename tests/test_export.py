@@ -15,7 +15,6 @@ from torch import Tensor
 
 import vaejob
 from tests.test_every_family import FAMILIES, job_of
-from tests.test_hierarchical import unchecked_shapes  # noqa: F401 - a fixture
 from tests.test_stability import pack_digits
 from vaejob.errors import CheckpointError, RunError, UserError
 from vaejob.export import code_shapes, export, programs

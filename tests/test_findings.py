@@ -212,6 +212,9 @@ def test_time_and_cost_follow_from_the_slowest_worker() -> None:
     assert speed is not None
     assert speed.seconds_per_step == pytest.approx(0.36)
     assert found.found.startswith("278 images/s")  # 100 / 0.36
+    assert "; not compiled; " in found.found
+    compiled, _ = pace.of_steps([TimedStep(50, 0.1, None, compile_seconds=25.0)], global_batch=50, sync_seconds=0)
+    assert "; compiled, of which the first step took 25 s; " in compiled.found
     # 10 steps an epoch, 100 epochs: 3.6 s and 360 s, which is a tenth of an hour
     said = pace.of_time(speed, images=100_000, data_images=1000, global_batch=100, price_per_hour=200).found
     assert said.startswith("3.6 s an epoch, 6 min for 100,000 images in all, measured now; ")

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -30,14 +28,6 @@ def build(layers: str, *, shape=(1, 8, 8), planes=1, width=8, latent_channels=2,
         for weight in vae.parameters() if lively else ():
             nn.init.normal_(weight, std=lively / math.sqrt(weight[0].numel()) if weight.ndim > 1 else 0.3 * lively)
     return vae
-
-
-@pytest.fixture
-def unchecked_shapes() -> Iterator[None]:
-    """The compiler cannot trace the checks of shapes that tests put around every function; jobs run without them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def noise(images: int, *, seed: int = 0) -> Noise:

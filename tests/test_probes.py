@@ -1,10 +1,12 @@
 """The doctor's probes in one process: what they count is there, and what they leave is nothing."""
 
+import functools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ from vaejob.cluster.doctor.probes import (
     sampled_groups,
     use_bucket,
 )
-from vaejob.cluster.doctor.step import Trial, estimate_memory, measure_curve
+from vaejob.cluster.doctor.step import Trial, estimate_memory, measure_curve, timed_step
 from vaejob.config import JobConfig, parse_config
 from vaejob.data.batches import open_data
 from vaejob.data.pack import pack
@@ -141,6 +143,26 @@ def test_larger_batches_are_tried_until_the_machine_would_be_full(job: JobConfig
     assert [step.images for step in curve.steps] == [1, 2, 4, 8, 10, 11]
     assert (curve.ended, curve.refused) == ("estimate", 12)
     assert all(step.seconds > 0 and step.peak is None for step in curve.steps)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute:UserWarning")  # torch's own
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("images", "world_size"), [(8, 1), (4, 2)])
+def test_the_step_is_timed_as_the_job_will_take_it(
+    job: JobConfig, images: int, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    assert timed_step(job, images=images, world_size=world_size).compile_seconds is None
+    torch._dynamo.utils.counters.clear()
+    compiled = job.model_copy(update={"training": job.training.model_copy(update={"compile": True})})
+    step = timed_step(compiled, images=images, world_size=world_size)
+    assert step.compile_seconds is not None
+    assert step.compile_seconds > step.seconds
+    assert (graphs := torch._dynamo.utils.counters["stats"]["unique_graphs"]) > 0
+    assert estimate_memory(compiled) == estimate_memory(job)
+    curve = measure_curve(compiled, estimate_memory(job), processes=1)
+    assert {step.compile_seconds for step in curve.steps} == {None}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_the_way_to_this_machine_is_its_loopback() -> None:

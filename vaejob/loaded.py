@@ -27,7 +27,8 @@ from vaejob.storage.runs import Record, choose_record, read_job
 from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.checkpoint import load_best, read_state
 from vaejob.training.evaluate import evaluate, layer_diagnostics
-from vaejob.training.step import draw_levels, evaluation_noise, make_scorer, require_compiler
+from vaejob.training.passes import require_compiler
+from vaejob.training.step import draw_levels, evaluation_noise, make_scorer
 
 EXPORT_MARKER, EXPORT_FORMAT = "export.json", 1
 EXPORT_FILES = ("model.safetensors", "job.yaml")

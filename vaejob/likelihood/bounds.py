@@ -76,7 +76,11 @@ class NegativeELBO(nn.Module):
             return BoundTerms(distortion, torch.zeros_like(distortion)[:, None])
         inputs, samples = self.pixels.to_inputs(levels), config.samples
         noise = _noise_of_codes(noise_keys, config) if drawn is None else Noise(noise_keys, drawn)
-        inference = self.vae.draw(self.vae.encode(inputs), noise, samples=samples)
+        return self.terms(self.vae.draw(self.vae.encode(inputs), noise, samples=samples), levels, config)
+
+    def terms(self, inference: Inference, levels: Tensor, config: ObjectiveConfig) -> BoundTerms:
+        """Of codes drawn for each image, config.samples of them, and what they decode to."""
+        samples = config.samples
         if config.bound == "elbo":
             distortion = -self.pixels.log_prob(inference.parameters, _repeat(levels, samples))
             return BoundTerms(_mean_over_samples(distortion, samples), _rates(inference.layers, samples))

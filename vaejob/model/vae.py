@@ -3,6 +3,7 @@
 Shapes: B images, S draws per image, C H W channels and pixels, P pixel parameters over all channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -39,6 +40,8 @@ class VAE(nn.Module):
     """A family with one stochastic layer says how it encodes and decodes; one with several overrides draw and generate."""
 
     latent_shape: tuple[int, ...]
+    blocks: Sequence[nn.Module] = ()
+    """What a deep model is made of, of which many are alike; to be compiled one by one, where the whole would take too long."""
 
     @property
     def streams(self) -> tuple[tuple[int, tuple[int, ...]], ...]:

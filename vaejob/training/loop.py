@@ -19,11 +19,11 @@ from vaejob.metrics import LikelihoodTotals, RunningTotals
 from vaejob.storage.retry import retries_so_far
 from vaejob.training.checkpoint import StateWriter, TrainState
 from vaejob.training.evaluate import evaluate
-from vaejob.training.passes import CompiledPasses, CompiledScorer, usual_sizes
+from vaejob.training.passes import CompiledPasses, as_trained
 from vaejob.training.profile import Profile, stage
 from vaejob.training.schedule import average_share, beta, due, learning_rate
 from vaejob.training.stability import diverged, refuse_to_go_on, replica_checksum
-from vaejob.training.step import StepTerms, move_average, require_compiler, train_step
+from vaejob.training.step import StepTerms, move_average, train_step
 from vaejob.training.worker import Report, Worker, moved, take_waited
 
 Item = TypeVar("Item")
@@ -222,15 +222,11 @@ def _step(
 
 
 def _trained(scorer: NegativeELBO, worker: Worker, job: JobConfig) -> nn.Module | CompiledPasses:
-    """What the step calls: compiled if that was asked for, and with the gradients of all ranks averaged if there are several."""
-    model: nn.Module = scorer
-    if job.training.compile:
-        require_compiler("training.compile is true", otherwise="set training.compile=false")
-        if worker.world_size == 1 and job.objective.gradient == "standard":
-            return CompiledPasses(scorer, job)
-        model = CompiledScorer(scorer, sizes=usual_sizes(job, world_size=worker.world_size))
+    """What the step calls, with the gradients of all ranks averaged if there are several."""
+    model = as_trained(scorer, job, world_size=worker.world_size)
     if worker.world_size == 1:
         return model
+    assert isinstance(model, nn.Module), model
     devices = [worker.device] if worker.device.type == "cuda" else None
     # Of a 1x1 convolution's weights, in whose dimensions of size 1 any stride means the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -1,6 +1,9 @@
 """The forward and the backward pass of a step, through the model itself or through compiled graphs of it."""
 
-from collections.abc import Collection, Mapping
+import copy
+import platform
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -8,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig, ObjectiveConfig
+from vaejob.errors import ConfigError
 from vaejob.likelihood.bounds import BoundTerms, NegativeELBO, draws, objective
 from vaejob.training.profile import stage
 
@@ -65,16 +69,40 @@ def usual_sizes(job: JobConfig, *, world_size: int) -> set[int]:
     return {min(images, job.training.micro_batch or images) for images in (least, least + bool(rest))}
 
 
-class CompiledScorer(nn.Module):
-    """A scorer for DDP: batches of the usual sizes go through a compiled graph, and others are not worth another one.
+def as_trained(scorer: NegativeELBO, job: JobConfig, *, world_size: int) -> "nn.Module | CompiledPasses":
+    """What the step calls for the model's passes, or what DDP is to wrap: compiled if the job asks for it."""
+    if not job.training.compile:
+        return scorer
+    require_compiler("training.compile is true", otherwise="set training.compile=false")
+    if world_size == 1 and job.objective.gradient == "standard" and not scorer.vae.blocks:
+        return CompiledPasses(scorer, job)
+    return CompiledScorer(scorer, sizes=usual_sizes(job, world_size=world_size))
 
-    The noise of codes is drawn before the graph is called.
+
+def require_compiler(asked: str, *, otherwise: str) -> None:
+    """Raises ConfigError, which says what was asked for and what to do otherwise, where torch.compile finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # loads the compiler, which takes seconds
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ConfigError(
+            f"{asked}, and no C++ compiler is on PATH of {platform.node()}; install g++ there, or {otherwise}"
+        ) from None
+
+
+class CompiledScorer(nn.Module):
+    """A scorer, to be trained: batches of the usual sizes go through compiled graphs, and others are not worth more of them.
+
+    The noise of codes is drawn before a graph is called.
     """
 
     def __init__(self, scorer: NegativeELBO, *, sizes: Collection[int]) -> None:
         super().__init__()
         self.scorer, self._sizes = scorer, sizes
-        self._graph = torch.compile(scorer, dynamic=False)
+        self._compiled = _blocks_compiled(scorer) if scorer.vae.blocks else torch.compile(scorer, dynamic=False)
+        self._met = set[int]()
 
     def forward(
         self,
@@ -84,13 +112,44 @@ class CompiledScorer(nn.Module):
         own: Int64[Tensor, " B"] | None,
         drawn: None,
     ) -> BoundTerms:
-        graph = self._graph if len(levels) in self._sizes else self.scorer
-        terms: BoundTerms = graph(levels, keys, config, own, draws(self.scorer.vae, keys, config, own))
+        drawn_now = draws(self.scorer.vae, keys, config, own)
+        if (images := len(levels)) not in self._sizes:
+            terms: BoundTerms = self.scorer(levels, keys, config, own, drawn_now)
+        elif images in self._met:
+            terms = self._compiled(levels, keys, config, own, drawn_now)
+        else:
+            with _as_many_graphs_as_it_takes():
+                terms = self._compiled(levels, keys, config, own, drawn_now)
+            self._met.add(images)
         return terms
 
 
+def _blocks_compiled(scorer: NegativeELBO) -> NegativeELBO:
+    """The scorer with its very weights, each block of the model compiled, and what follows from all codes: blocks of one shape
+    share a graph.
+
+    So compiling hardly takes longer for a deep model than for a shallow one, and DDP sums a block's gradients while those of
+    the next are computed.
+    """
+    twin = copy.deepcopy(scorer, {id(tensor): tensor for tensor in (*scorer.parameters(), *scorer.buffers())})
+    for block in twin.vae.blocks:
+        block.compile(dynamic=False)
+    twin.terms = torch.compile(twin.terms, dynamic=False)  # type: ignore[method-assign]
+    return twin
+
+
+@contextmanager
+def _as_many_graphs_as_it_takes() -> Iterator[None]:
+    """torch stops compiling one function at its eighth shape, and goes on without."""
+    import torch._dynamo.config as tracing  # loads the compiler, which takes seconds
+
+    most = 1 << 16
+    with tracing.patch(recompile_limit=most, accumulated_recompile_limit=most):
+        yield
+
+
 class CompiledPasses:
-    """Both passes of a single process in one compiled graph; other sizes of batches, and noise, as with CompiledScorer."""
+    """Both passes of a single process in one compiled graph, for models that are not made of blocks; other sizes of batches, and noise, as with CompiledScorer."""
 
     def __init__(self, scorer: NegativeELBO, job: JobConfig) -> None:
         self._scorer, self._job = scorer, job

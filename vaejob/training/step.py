@@ -1,6 +1,5 @@
 """One optimisation step: the gradient of the mean objective of the global batch, whatever each rank holds of it."""
 
-import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -11,7 +10,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vaejob.config import JobConfig, LikelihoodConfig, OptimizerConfig
-from vaejob.errors import ConfigError
 from vaejob.likelihood.bounds import BoundTerms, NegativeELBO
 from vaejob.likelihood.pixels import ObservationModel, make_pixels
 from vaejob.model import build_model
@@ -148,16 +146,3 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Opt
             return torch.optim.AdamW(weights, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
         case "adamax":
             return torch.optim.Adamax(weights, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, foreach=True)
-
-
-def require_compiler(asked: str, *, otherwise: str) -> None:
-    """Raises ConfigError, which says what was asked for and what to do otherwise, where torch.compile finds no C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # loads the compiler, which takes seconds
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise ConfigError(
-            f"{asked}, and no C++ compiler is on PATH of {platform.node()}; install g++ there, or {otherwise}"
-        ) from None

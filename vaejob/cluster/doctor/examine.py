@@ -226,7 +226,8 @@ class Examination:
             processes = self._on_node[self._hosts[self._workers.names[0]].node]
             curve = self._workers.ask(0, step.measure_curve, job=job, memory=memory, processes=processes)
             yield from pace.of_curve(curve, configured=self._at_once(images))
-            steps = self._workers.each(step.timed_step, [{"job": job, "images": images}] * self._world)
+            asked = {"job": job, "images": images, "world_size": workers}
+            steps = self._workers.each(step.timed_step, [asked] * self._world)
             sync = pace.seconds_to_sum(slowest, memory.gradients) if slowest else 0.0
             found, speed = pace.of_steps(steps, global_batch=job.data.global_batch, sync_seconds=sync)
             step_seconds = speed.seconds_per_step - sync if speed else None

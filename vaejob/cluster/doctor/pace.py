@@ -68,7 +68,7 @@ def of_curve(curve: Curve | Failed, *, configured: int) -> list[Finding]:
         advice = f"set training.micro_batch={largest.images}, which changes no result, or a smaller data.global_batch"
         fits = Finding("fail", "largest batch", f"{found}; the job asks for {configured:,}", advice)
     rates = ", ".join(f"{step.images}: {_rate(step.images / step.seconds)}" for step in curve.steps)
-    return [fits, Finding("ok", "throughput", f"images/s of one worker alone, by its batch: {rates}")]
+    return [fits, Finding("ok", "throughput", f"images/s of one worker alone, not compiled, by its batch: {rates}")]
 
 
 def of_steps(
@@ -88,7 +88,9 @@ def of_steps(
         found += f", {duration(sync_seconds)} for the gradients, as if nothing of it overlapped"
     if slowest.peak is not None:
         found += f"; {size_of(slowest.peak)} in use at most"
-    return Finding("ok", "step", f"{found}; not compiled, without waiting for data"), Speed(seconds, "measured now")
+    slow = slowest.compile_seconds
+    found += "; not compiled" if slow is None else f"; compiled, of which the first step took {duration(slow)}"
+    return Finding("ok", "step", f"{found}; without waiting for data"), Speed(seconds, "measured now")
 
 
 def speed_of_rows(rows: Sequence[Mapping[str, Any]], *, world_size: int) -> Speed | None:

@@ -113,6 +113,8 @@ class TimedStep(NamedTuple):
     seconds: float
     peak: int | None
     """Most device memory in use at once; None on a CPU."""
+    compile_seconds: float | None = None
+    """Of the step that compiled the model; None where it is not compiled."""
 
 
 class Curve(NamedTuple):

@@ -16,6 +16,7 @@ from vaejob.config import JobConfig
 from vaejob.data.batches import open_data
 from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.checkpoint import TrainState
+from vaejob.training.passes import as_trained
 from vaejob.training.step import make_scorer, move_average, train_step
 
 SMALL, LARGER = 2, 4
@@ -31,8 +32,11 @@ FULL_SHARE = 0.8
 class Trial:
     """A job's model and optimiser with their initial weights, and real images to train them on."""
 
-    def __init__(self, job: JobConfig) -> None:
-        """Raises ConfigError for a model that does not suit the images, DataError, BucketError."""
+    def __init__(self, job: JobConfig, *, world_size: int = 1) -> None:
+        """world_size: of the job, which decides what is compiled if anything is.
+
+        Raises ConfigError for a model that does not suit the images, or without a compiler; DataError, BucketError.
+        """
         data = open_data(job.data.train)
         self._job, self._images_of_data = job, data.manifest.images
         self._device = torch.device("cuda" if job.cluster.gpus_per_worker else "cpu")
@@ -40,6 +44,7 @@ class Trial:
             torch.set_num_threads(job.cluster.cpus_per_worker)
         scorer = make_scorer(job, shape=data.manifest.shape, images=data.manifest.images)
         self.state = TrainState.begin(job.optimizer, scorer.to(self._device), device=self._device)
+        self._model = as_trained(self.state.scorer, job, world_size=world_size)
         some = data.images(np.arange(min(int(data.row_group_rows[0]), 256, data.manifest.images)))
         self._some = torch.from_numpy(np.ascontiguousarray(some))
 
@@ -48,7 +53,7 @@ class Trial:
         job, state = self._job, self.state
         batch = self._some[torch.arange(images) % len(self._some)]
         terms = train_step(
-            state.scorer,
+            self._model,
             state.optimizer,
             batch.to(self._device),
             np.arange(images) % self._images_of_data,
@@ -71,7 +76,9 @@ class Trial:
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
         self.step(images)
+        compiled = time.perf_counter() - began if self._job.training.compile else None
         began, steps = time.perf_counter(), 0
         while steps < LEAST_STEPS or time.perf_counter() - began < SECONDS_OF_A_SIZE:
             self.step(images)
@@ -79,7 +86,7 @@ class Trial:
             if time.perf_counter() - began > LONGEST_STEP_SECONDS:
                 break
         seconds = (time.perf_counter() - began) / steps
-        return TimedStep(images, seconds, torch.cuda.max_memory_allocated() if on_gpu else None)
+        return TimedStep(images, seconds, torch.cuda.max_memory_allocated() if on_gpu else None, compiled)
 
     def memory(self) -> StepMemory:
         """By the sizes of the tensors that exist, and of those that a forward pass keeps for the backward pass."""
@@ -118,19 +125,20 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def estimate_memory(job: JobConfig) -> StepMemory:
     """Raises ConfigError for a model that does not suit the images."""
-    return Trial(_in_one_piece(job)).memory()
+    return Trial(_as_it_stands(job)).memory()
 
 
-def timed_step(job: JobConfig, *, images: int) -> TimedStep:
-    return Trial(job).timed(images)
+def timed_step(job: JobConfig, *, images: int, world_size: int) -> TimedStep:
+    """As the job takes it: compiled, in pieces, if the configuration says so."""
+    return Trial(job, world_size=world_size).timed(images)
 
 
 def measure_curve(job: JobConfig, memory: StepMemory, *, processes: int) -> Curve:
     """Steps of 1, 2, 4, ... images until they no longer fit; then of some between the last two, to know the largest better.
 
-    Each in one piece, whatever training.micro_batch says. processes: of the job, which share this machine's memory.
+    Each in one piece, whatever training.micro_batch says, and not compiled: each size would be anew. processes: of the job, which share this machine's memory.
     """
-    trial = Trial(_in_one_piece(job))
+    trial = Trial(_as_it_stands(job))
     room = math.inf if job.cluster.gpus_per_worker else FULL_SHARE * free_memory() / processes
     steps, refused = list[TimedStep](), 0
     ended: Literal["memory", "estimate", "size"] = "size"
@@ -149,8 +157,9 @@ def measure_curve(job: JobConfig, memory: StepMemory, *, processes: int) -> Curv
     return Curve(tuple(steps), ended, refused)
 
 
-def _in_one_piece(job: JobConfig) -> JobConfig:
-    return job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 0})})
+def _as_it_stands(job: JobConfig) -> JobConfig:
+    plain = job.training.model_copy(update={"micro_batch": 0, "compile": False})
+    return job.model_copy(update={"training": plain})
 
 
 def _next_size(steps: Sequence[TimedStep], refused: int) -> int:
