@@ -1,11 +1,13 @@
 """float32 means the same where a job computes, and what the caller had elsewhere; no weight and no score moves by it."""
 
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,14 +25,14 @@ IWAE = ("objective.bound=iwae", "objective.samples=50", "data.global_batch=90")
 
 class Arithmetic(NamedTuple):
     half_of_the_least_normal_float: float
-    tf32_in_convolutions: bool
+    convolutions: str
 
 
 def here() -> Arithmetic:
-    return Arithmetic(sys.float_info.min / 2, torch.backends.cudnn.allow_tf32)
+    return Arithmetic(sys.float_info.min / 2, torch.backends.cudnn.conv.fp32_precision)
 
 
-OWN, CALLERS = Arithmetic(0.0, False), Arithmetic(sys.float_info.min / 2, True)
+OWN, CALLERS = Arithmetic(0.0, "ieee"), Arithmetic(sys.float_info.min / 2, "tf32")
 
 
 def test_it_is_that_of_a_job_only_where_a_job_computes(tmp_path: Path) -> None:
@@ -55,6 +57,40 @@ def test_it_is_that_of_a_job_only_where_a_job_computes(tmp_path: Path) -> None:
     with own_arithmetic():
         model.evaluate(open_data(job.data.train))
         assert here() == OWN  # as it was
+
+
+USERS = {
+    "torch's own": "pass",
+    "the older switch": "cudnn.allow_tf32 = False",
+    "of convolutions": "cudnn.conv.fp32_precision = 'ieee'",
+    "of everything": "torch.backends.fp32_precision = 'tf32'; cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = 'none'",
+}
+
+
+@pytest.mark.parametrize("set_by_user", USERS.values(), ids=USERS)
+def test_a_gpus_float32_is_whole_whatever_the_caller_has_set(set_by_user: str) -> None:
+    """In a process of its own; what torch tells of itself is all that a machine without GPU can see."""
+    script = f"""
+import torch
+from vaejob.training.arithmetic import own_arithmetic
+cudnn = torch.backends.cudnn
+def told():
+    try:
+        older = cudnn.allow_tf32
+    except RuntimeError:  # torch's answer where the older switch and a newer one disagree
+        older = "not told"
+    return older, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, torch.backends.fp32_precision
+{set_by_user}
+before = told()
+with own_arithmetic():
+    assert told()[:3] == (False, "ieee", "ieee"), told()
+    with own_arithmetic():
+        pass
+    assert told()[:3] == (False, "ieee", "ieee"), told()
+assert told() == before, (told(), before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_and_scores_of_the_iwae_stay_the_same_to_the_bit() -> None:

@@ -3,8 +3,11 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+CUDNN: Any = torch.backends.cudnn
 
 
 @contextmanager
@@ -16,11 +19,18 @@ def own_arithmetic() -> Iterator[None]:
     subnormals in every gradient, whose larger terms round all of 1e-38 away; their products take 13 times as long one by one,
     200 times in matrices. Afterwards the caller's arithmetic is what it was.
     """
-    subnormals_were_zero, rounding = sys.float_info.min / 2 == 0, torch.backends.cudnn.allow_tf32
+    subnormals_were_zero = sys.float_info.min / 2 == 0
+    of_cudnn = CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision
     torch.set_flush_denormal(True)
-    torch.backends.cudnn.allow_tf32 = False
+    _set_cudnn("ieee", "ieee")
     try:
         yield
     finally:
         torch.set_flush_denormal(subnormals_were_zero)
-        torch.backends.cudnn.allow_tf32 = rounding
+        _set_cudnn(*of_cudnn)
+
+
+def _set_cudnn(conv: str, rnn: str) -> None:
+    """torch refuses to tell its older switch, which sets both, where it disagrees with them; the compiler asks for it."""
+    CUDNN.allow_tf32 = "tf32" in (conv, rnn)
+    CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision = conv, rnn
