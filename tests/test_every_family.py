@@ -103,6 +103,22 @@ def test_two_ranks_train_as_one(home: Path, tmp_path: Path) -> None:
             assert both["gradient_norms"] == pytest.approx(each["gradient_norms"], rel=1e-4)
 
 
+def two_ranks_compiled(rank: int, folder: str, jobs: list[JobConfig]) -> None:
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    two_ranks(rank, folder, jobs)
+
+
+def test_two_ranks_compiled_train_as_one(home: Path, tmp_path: Path) -> None:
+    """As one graph, and block by block with what backward needs computed once more."""
+    settings = {"conv": ("training.compile=true",), "hierarchical": ("training.compile=true", "model.recompute=true")}
+    jobs = [job_of(family, home / "digits", tmp_path / family, *own) for family, own in settings.items()]
+    assert all(map(begin, jobs))
+    torch.multiprocessing.spawn(two_ranks_compiled, args=(str(tmp_path), jobs), nprocs=2)
+    for family in settings:
+        one, two = (open_bucket(f"{folder / family}/run") for folder in (home, tmp_path))
+        assert_close(newest_state(two), newest_state(one))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stopped_run_goes_on_bit_for_bit(family: str, home: Path, tmp_path: Path) -> None:
     job = job_of(family, home / "digits", tmp_path)
