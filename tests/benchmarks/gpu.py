@@ -4,9 +4,10 @@
     python tests/benchmarks/gpu.py --tiny                      the same on a CPU with small shapes, to try the script itself
 
 ladders   hierarchical models of VDVAE's shapes for CIFAR-10, ImageNet-32 and ImageNet-64: plain float32 as a loop without
-          compiler would take it, then bfloat16, compiled, both. Before it is timed, the gradient of each is held against that
-          of plain float32 from the same weights, images and noise. Images/s, TFLOP/s (operations counted by torch's
-          FlopCounterMode), their share of a matrix product's rate on the same card, and the most memory in use.
+          compiler would take it, bfloat16, and that compiled. Before it is timed, the gradient of each is held against that of
+          plain float32 from the same weights, images and noise. Images/s, TFLOP/s (operations counted by torch's
+          FlopCounterMode), their share of a matrix product's rate on the same card, and the most memory in use. What does not
+          fit is tried with half the batch.
 dense     the recipe mnist-iwae-1 at several batches: images/s and steps/s
 stream    shards in a folder to images on the card, without a step
 checkpoint  how long a state of 500 MB keeps the training thread
@@ -46,7 +47,7 @@ from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.checkpoint import StateWriter, TrainState
 from vaejob.training.passes import as_trained, both_passes
 from vaejob.training.resident import batches_on_device
-from vaejob.training.step import make_scorer, move_average, train_step, training_noise
+from vaejob.training.step import in_pieces, make_scorer, move_average, train_step, training_noise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,9 +71,10 @@ PLAIN = "plain float32"
 VARIANTS = {
     PLAIN: (),
     "bf16": ("training.precision=bf16",),
-    "float32 compiled": ("training.compile=true",),
     "bf16 compiled": ("training.precision=bf16", "training.compile=true"),
 }
+PIECE = 8
+"""Images of a gradient that are taken at once where nothing is compiled: so that it fits wherever a step does."""
 CLOSE = {"fp32": 1e-4, "bf16": 5e-2}
 """Of a gradient's distance from that of plain float32, as a share of its length."""
 
@@ -97,9 +99,14 @@ class Steps:
                 move_average(state.averaged, state.scorer, share=1e-4, skipped=terms.skipped)
 
     def gradient(self) -> Tensor:
+        """Of the mean objective."""
+        images = len(self.ids)
         keys = training_noise(self.ids, seed=0, epoch=0, device=DEVICE).keys
         with own_arithmetic():
-            both_passes(self.model, self.images, keys, None, job=self.job, beta=1.0, weight=1 / len(self.ids))
+            for piece in in_pieces(images, 0 if self.job.training.compile else PIECE):
+                both_passes(
+                    self.model, self.images[piece], keys[piece], None, job=self.job, beta=1.0, weight=1 / images
+                )
         found = torch.cat([parameter.grad.flatten() for parameter in self.state.scorer.parameters()])  # type: ignore[union-attr]
         self.state.scorer.zero_grad()
         return found
@@ -108,7 +115,7 @@ class Steps:
         """Of one image's forward and backward pass."""
         with FlopCounterMode(display=False) as counter:
             self.gradient()
-        return counter.get_total_flops() // len(self.ids)
+        return int(counter.get_total_flops() // len(self.ids))
 
 
 def main() -> None:
@@ -150,11 +157,11 @@ def milliseconds(take: Callable[[int], None], *, warm: int, steps: int) -> float
             take(steps)
             return 1e3 * (time.perf_counter() - begun) / steps
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()  # type: ignore[no-untyped-call]
+        begin.record()
         take(steps)
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
         torch.cuda.synchronize()
-        return float(begin.elapsed_time(end) / steps)  # type: ignore[no-untyped-call]
+        return float(begin.elapsed_time(end) / steps)
 
 
 def matrix_rate(*, size: int) -> float:
@@ -171,50 +178,80 @@ def matrix_rate(*, size: int) -> float:
 def ladders(options: argparse.Namespace) -> list[dict[str, Any]]:
     rate = matrix_rate(size=256 if options.tiny else 8192)
     said(f"A product of bfloat16 matrices runs at {rate / 1e12:.3g} TFLOP/s.\n")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, ladder in (TINY if options.tiny else LADDERS).items():
-        shape = ladder.batch, 3, ladder.size, ladder.size
-        images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        plain, expected = None, None
-        for variant, settings in VARIANTS.items():
-            if time.monotonic() > options.until:
-                said(f"{name}, {variant}: left out, --minutes are over")
-                continue
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            job = vaejob.load_config(
-                "mnist-iwae-1", "data.train=nowhere", "data.test=null", f"data.global_batch={ladder.batch}",
-                "model.family=hierarchical", f"model.layers={ladder.layers}", f"model.width={ladder.width}",
-                "model.latent_channels=16", "likelihood.pixels=discretized-logistic-mixture", "likelihood.binarize=none",
-                "optimizer.name=adamw", "optimizer.clip=200", "optimizer.ema=100000", *settings,
-            )  # fmt: skip
-            steps = Steps(job, images)
-            begun = time.monotonic()
-            gradient = steps.gradient()
-            started = time.monotonic() - begun
-            if expected is None:
-                expected, operations = gradient, steps.operations()
-            off = float((gradient - expected).norm() / expected.norm())
-            assert off < CLOSE[job.training.precision], f"{name}, {variant}: the gradient is off by {off:.1%}"
-            first, second = (milliseconds(steps.take, warm=3, steps=3 if options.tiny else 10) for _ in range(2))
-            per_second = ladder.batch / (statistics.mean((first, second)) / 1e3)
-            plain = plain or per_second
-            peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-            rows.append({
-                "model": name, "variant": variant, "weights": parameters(steps.state.scorer), "batch": ladder.batch,
-                "images_per_second": per_second, "milliseconds": [first, second], "gradient_off": off,
-                "operations_per_image": operations, "peak_bytes": peak, "first_step_seconds": started,
-            })  # fmt: skip
-            said(
-                f"{name} ({rows[-1]['weights'] / 1e6:.1f} M), batch {ladder.batch}, {variant}: {per_second:,.0f} images/s "
-                f"({first:.1f} and {second:.1f} ms), {per_second * operations / 1e12:.3g} TFLOP/s, "
-                f"{per_second * operations / rate:.1%} of a matrix product's, {per_second / plain:.2f} of plain; gradient off by "
-                f"{off:.1e}; {peak / 1e9:.1f} GB; first passes {started:.0f} s"
-                + (f"; goal {ladder.goal:,.0f} images/s" if ladder.goal else "")
-            )
-            del steps
+        images = torch.randint(
+            256,
+            (ladder.batch, 3, ladder.size, ladder.size),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(0),
+        ).to(DEVICE)
+        rows_of_model: list[dict[str, Any]] = []
+        for variant in VARIANTS:
+            batch = ladder.batch
+            while batch:
+                if time.monotonic() > options.until:
+                    said(f"{name}, {variant}: left out, --minutes are over")
+                    break
+                try:
+                    rows_of_model.append(row(name, ladder, variant, images[:batch], steps=3 if options.tiny else 10))
+                    break
+                except torch.OutOfMemoryError:
+                    said(f"{name}, {variant}: {batch} images do not fit")
+                    batch //= 2
+                finally:
+                    if DEVICE.type == "cuda":
+                        torch.cuda.empty_cache()
+            else:
+                said(f"{name}, {variant}: not even one image fits")
+            if rows_of_model and rows_of_model[-1]["variant"] == variant:
+                say(rows_of_model[-1], plain=rows_of_model[0], rate=rate, goal=ladder.goal)
+        rows += rows_of_model
     return rows
+
+
+def row(name: str, ladder: Ladder, variant: str, images: Tensor, *, steps: int) -> dict[str, Any]:
+    """Raises AssertionError where the gradient is not that of plain float32, torch.OutOfMemoryError."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    plain = Steps(ladder_job(ladder, PLAIN, batch=len(images)), images)
+    expected, operations = plain.gradient(), plain.operations()
+    del plain
+    trained = Steps(ladder_job(ladder, variant, batch=len(images)), images)
+    begun = time.monotonic()
+    gradient = trained.gradient()
+    started = time.monotonic() - begun
+    off = float((gradient - expected).norm() / expected.norm())
+    assert off < CLOSE[trained.job.training.precision], f"{name}, {variant}: the gradient is off by {off:.1%}"
+    del gradient, expected
+    took = [milliseconds(trained.take, warm=3, steps=steps) for _ in range(2)]
+    return {
+        "model": name, "variant": variant, "weights": parameters(trained.state.scorer), "batch": len(images),
+        "milliseconds": took, "images_per_second": len(images) / (statistics.mean(took) / 1e3), "gradient_off": off,
+        "operations_per_image": operations, "first_passes_seconds": started,
+        "peak_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0,
+    }  # fmt: skip
+
+
+def ladder_job(ladder: Ladder, variant: str, *, batch: int) -> JobConfig:
+    return vaejob.load_config(
+        "mnist-iwae-1", "data.train=nowhere", "data.test=null", f"data.global_batch={batch}", "model.family=hierarchical",
+        f"model.layers={ladder.layers}", f"model.width={ladder.width}", "model.latent_channels=16",
+        "likelihood.pixels=discretized-logistic-mixture", "likelihood.binarize=none", "optimizer.name=adamw",
+        "optimizer.clip=200", "optimizer.ema=100000", *VARIANTS[variant],
+    )  # fmt: skip
+
+
+def say(found: dict[str, Any], *, plain: dict[str, Any], rate: float, goal: float) -> None:
+    per_second = found["images_per_second"]
+    operations = per_second * found["operations_per_image"]
+    said(
+        f"{found['model']} ({found['weights'] / 1e6:.1f} M), batch {found['batch']}, {found['variant']}: {per_second:,.0f} images/s "
+        f"({', '.join(f'{each:.1f}' for each in found['milliseconds'])} ms a step), {operations / 1e12:.3g} TFLOP/s, "
+        f"{operations / rate:.1%} of a matrix product's, {per_second / plain['images_per_second']:.2f} x {plain['variant']}; gradient "
+        f"off by {found['gradient_off']:.1e}; {found['peak_bytes'] / 1e9:.1f} GB; first passes {found['first_passes_seconds']:.0f} s"
+        + (f"; goal {goal:,.0f} images/s" if goal else "")
+    )
 
 
 def parameters(model: nn.Module) -> int:
@@ -227,7 +264,7 @@ def dense(options: argparse.Namespace) -> list[dict[str, Any]]:
     said(line(["---"] * 4))
     for batch in (100,) if options.tiny else (20, 100, 1000, 10_000):
         images = torch.randint(256, (batch, 1, 28, 28), dtype=torch.uint8).to(DEVICE)
-        for variant, settings in VARIANTS.items():
+        for variant, settings in {**VARIANTS, "float32 compiled": ("training.compile=true",)}.items():
             job = vaejob.load_config(
                 "mnist-iwae-1", "data.train=nowhere", "data.test=null", f"data.global_batch={batch}", *settings
             )
