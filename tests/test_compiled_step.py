@@ -93,6 +93,31 @@ def test_a_deeper_ladder_takes_no_more_graphs(tmp_path: Path) -> None:
     assert shallow == deep == 2 * (5 + 5 + 1 + 1 + 1), (shallow, deep)
 
 
+NINE_JOBS = """
+from functools import partial
+import numpy as np, torch
+
+torch.compile = partial(torch.compile, backend="aot_eager")
+from vaejob import load_config
+from vaejob.training.passes import as_trained, both_passes
+from vaejob.training.step import make_scorer, training_noise
+
+levels, graphs = torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch._dynamo.utils.counters["stats"]
+for number in range(1, 10):
+    job = load_config("mnist-iwae-1", "data.train=x", "data.global_batch=4", "training.compile=true", f"model.latent={number}")
+    model = as_trained(make_scorer(job, shape=(1, 4, 4)), job, world_size=1)
+    for epoch in range(2):
+        keys = training_noise(np.arange(4), seed=0, epoch=epoch, device="cpu").keys
+        both_passes(model, levels, keys, None, job=job, beta=1.0, weight=0.25)
+        assert graphs["unique_graphs"] == number, graphs
+"""
+
+
+def test_ninth_job_of_a_process_is_compiled_as_the_first() -> None:
+    done = subprocess.run([sys.executable, "-c", NINE_JOBS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_code_that_was_generated_computes_the_same(tmp_path: Path) -> None:
     check("inductor", {"mlp": []}, tmp_path)
 

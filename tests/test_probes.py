@@ -151,6 +151,7 @@ def test_larger_batches_are_tried_until_the_machine_would_be_full(job: JobConfig
 def test_the_step_is_timed_as_the_job_will_take_it(
     job: JobConfig, images: int, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.compiler.reset()  # what tests before have compiled, or were refused
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     assert timed_step(job, images=images, world_size=world_size).compile_seconds is None
     torch._dynamo.utils.counters.clear()

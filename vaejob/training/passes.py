@@ -4,7 +4,7 @@ import copy
 import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -118,7 +118,7 @@ class CompiledScorer(nn.Module):
         elif images in self._met:
             terms = self._compiled(levels, keys, config, own, drawn_now)
         else:
-            with _as_many_graphs_as_it_takes():
+            with _compiling():
                 terms = self._compiled(levels, keys, config, own, drawn_now)
             self._met.add(images)
         return terms
@@ -139,12 +139,12 @@ def _blocks_compiled(scorer: NegativeELBO) -> NegativeELBO:
 
 
 @contextmanager
-def _as_many_graphs_as_it_takes() -> Iterator[None]:
-    """torch stops compiling one function at its eighth shape, and goes on without."""
+def _compiling(**settings: Any) -> Iterator[None]:
+    """While a graph is made: torch would stop compiling one function at its eighth shape, in whatever job, and go on without."""
     import torch._dynamo.config as tracing  # loads the compiler, which takes seconds
 
     most = 1 << 16
-    with tracing.patch(recompile_limit=most, accumulated_recompile_limit=most):
+    with tracing.patch(recompile_limit=most, accumulated_recompile_limit=most, **settings):
         yield
 
 
@@ -168,9 +168,7 @@ class CompiledPasses:
         drawn = draws(self._scorer.vae, keys, self._job.objective, own)
         arguments = levels, keys, own, drawn, beta_there, weight_there
         if usual and not self._compiled:
-            import torch._dynamo.config as tracing  # loads the compiler, which takes seconds
-
-            with tracing.patch(trace_autograd_ops=True):
+            with _compiling(trace_autograd_ops=True):
                 self._graph(*arguments)
             self._compiled = True
         passed, gradients = (self._graph if usual else self._passes)(*arguments)
