@@ -71,7 +71,7 @@ class HierarchicalVAE(VAE):
         self.output = Output(width, output_planes)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:  # type: ignore[override]
+    def blocks(self) -> Sequence[nn.Module]:
         return [*(block for stretch in self.up for block in stretch.children()), *self.down, self.output]
 
     @property

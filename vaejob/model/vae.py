@@ -40,8 +40,11 @@ class VAE(nn.Module):
     """A family with one stochastic layer says how it encodes and decodes; one with several overrides draw and generate."""
 
     latent_shape: tuple[int, ...]
-    blocks: Sequence[nn.Module] = ()
-    """What a deep model is made of, of which many are alike; to be compiled one by one, where the whole would take too long."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """What a deep model is made of, many alike: compiled one by one, where the whole would take too long; else nothing."""
+        return ()
 
     @property
     def streams(self) -> tuple[tuple[int, tuple[int, ...]], ...]:

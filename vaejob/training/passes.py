@@ -3,7 +3,7 @@
 import copy
 import platform
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +101,7 @@ class CompiledScorer(nn.Module):
     def __init__(self, scorer: NegativeELBO, *, sizes: Collection[int]) -> None:
         super().__init__()
         self.scorer, self._sizes = scorer, sizes
-        self._compiled = _blocks_compiled(scorer) if scorer.vae.blocks else torch.compile(scorer, dynamic=False)
+        self._graphs = _blocks_compiled(scorer) if scorer.vae.blocks else torch.compile(scorer, dynamic=False)
         self._met = set[int]()
 
     def forward(
@@ -112,24 +112,20 @@ class CompiledScorer(nn.Module):
         own: Int64[Tensor, " B"] | None,
         drawn: None,
     ) -> BoundTerms:
-        drawn_now = draws(self.scorer.vae, keys, config, own)
-        if (images := len(levels)) not in self._sizes:
-            terms: BoundTerms = self.scorer(levels, keys, config, own, drawn_now)
-        elif images in self._met:
-            terms = self._compiled(levels, keys, config, own, drawn_now)
-        else:
-            with _compiling():
-                terms = self._compiled(levels, keys, config, own, drawn_now)
-            self._met.add(images)
+        images = len(levels)
+        usual = images in self._sizes
+        scorer = self._graphs if usual else self.scorer
+        with _compiling() if usual and images not in self._met else nullcontext():
+            terms: BoundTerms = scorer(levels, keys, config, own, draws(self.scorer.vae, keys, config, own))
+        self._met.add(images)
         return terms
 
 
 def _blocks_compiled(scorer: NegativeELBO) -> NegativeELBO:
-    """The scorer with its very weights, each block of the model compiled, and what follows from all codes: blocks of one shape
-    share a graph.
+    """The scorer with its very weights, its model compiled block by block; blocks of one shape share a graph.
 
-    So compiling hardly takes longer for a deep model than for a shallow one, and DDP sums a block's gradients while those of
-    the next are computed.
+    What follows from all codes, likelihood and rates, is a graph of its own. So compiling hardly takes longer for a deep model
+    than for a shallow one, and DDP may sum a block's gradients while those of the next are computed.
     """
     twin = copy.deepcopy(scorer, {id(tensor): tensor for tensor in (*scorer.parameters(), *scorer.buffers())})
     for block in twin.vae.blocks:
@@ -149,7 +145,10 @@ def _compiling(**settings: Any) -> Iterator[None]:
 
 
 class CompiledPasses:
-    """Both passes of a single process in one compiled graph, for models that are not made of blocks; other sizes of batches, and noise, as with CompiledScorer."""
+    """Both passes of a single process in one compiled graph, for models that are not made of blocks.
+
+    Other sizes of batches, and noise, as with CompiledScorer.
+    """
 
     def __init__(self, scorer: NegativeELBO, job: JobConfig) -> None:
         self._scorer, self._job = scorer, job

@@ -136,7 +136,8 @@ def timed_step(job: JobConfig, *, images: int, world_size: int) -> TimedStep:
 def measure_curve(job: JobConfig, memory: StepMemory, *, processes: int) -> Curve:
     """Steps of 1, 2, 4, ... images until they no longer fit; then of some between the last two, to know the largest better.
 
-    Each in one piece, whatever training.micro_batch says, and not compiled: each size would be anew. processes: of the job, which share this machine's memory.
+    Each in one piece, whatever training.micro_batch says, and not compiled: each size would be anew. processes: of the job,
+    which share this machine's memory.
     """
     trial = Trial(_as_it_stands(job))
     room = math.inf if job.cluster.gpus_per_worker else FULL_SHARE * free_memory() / processes
