@@ -35,6 +35,7 @@ from vaejob.storage.runs import (
 from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.beside import LedgerBeside
 from vaejob.training.checkpoint import StateWriter, TrainState, read_state, state_of_first
+from vaejob.training.heap import freed_memory_kept
 from vaejob.training.ledger import Ledger
 from vaejob.training.loop import train
 from vaejob.training.profile import profiled
@@ -164,6 +165,7 @@ def _attempt(
     )
     source = batches_on_device(inputs.train, job, worker, images_seen=state.images_seen)
     with (
+        freed_memory_kept(worker.device),
         closing(source) as batches,  # however it ends, no thread goes on reading
         profiled(job, worker, inputs.run, state.optimizer, attempt=attempt) as profile,
     ):

@@ -11,6 +11,7 @@ stand with the 95 % interval of their median. A goal is met only if the interval
 
 Ours is the whole job (`vaejob.train`) in this process: shards read, checked and mixed, noise that belongs to the image, exact
 totals, reports. Starting, compiling and the last checkpoint are outside the passes; what the first pass took more is stated.
+Freed memory stays with the process as long as a job of ours is open (vaejob/training/heap.py), for the peer's passes as well.
 pythae is its own trainer and loader; for VDVAE_DIR, a clone of github.com/openai/vdvae, its published step with a fused AdamW
 in apex's place and neither MPI nor DDP. A peer that is not there is said to be missing, and its case has no table.
 
@@ -117,6 +118,7 @@ def in_fresh_process(name: str) -> Found | None:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",  # jobs of ours train on threads here, and on the main thread elsewhere
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
         if subprocess.run(command, env=environment).returncode:

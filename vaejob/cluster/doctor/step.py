@@ -16,6 +16,7 @@ from vaejob.config import JobConfig
 from vaejob.data.batches import open_data
 from vaejob.training.arithmetic import own_arithmetic
 from vaejob.training.checkpoint import TrainState
+from vaejob.training.heap import freed_memory_kept
 from vaejob.training.passes import as_trained
 from vaejob.training.step import make_scorer, move_average, train_step
 
@@ -76,15 +77,16 @@ class Trial:
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        self.step(images)
-        compiled = time.perf_counter() - began if self._job.training.compile else None
-        began, steps = time.perf_counter(), 0
-        while steps < LEAST_STEPS or time.perf_counter() - began < SECONDS_OF_A_SIZE:
+        with freed_memory_kept(self._device):
+            began = time.perf_counter()
             self.step(images)
-            steps += 1
-            if time.perf_counter() - began > LONGEST_STEP_SECONDS:
-                break
+            compiled = time.perf_counter() - began if self._job.training.compile else None
+            began, steps = time.perf_counter(), 0
+            while steps < LEAST_STEPS or time.perf_counter() - began < SECONDS_OF_A_SIZE:
+                self.step(images)
+                steps += 1
+                if time.perf_counter() - began > LONGEST_STEP_SECONDS:
+                    break
         seconds = (time.perf_counter() - began) / steps
         return TimedStep(images, seconds, torch.cuda.max_memory_allocated() if on_gpu else None, compiled)
 
