@@ -59,3 +59,43 @@ def test_log_weights_are_one_graph_and_the_same(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.yaml") for number in range(len(jobs))]
     done = subprocess.run([sys.executable, "-c", ONE_GRAPH, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+LADDERS = """
+import sys
+from functools import partial
+import numpy as np, torch
+from torch._dynamo.utils import counters
+
+torch.compile = partial(torch.compile, backend="aot_eager")
+from vaejob import load_config
+from vaejob.training.evaluate import evaluate
+from vaejob.training.step import make_scorer
+
+images, graphs = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8), []
+for layers in ("1x2,2x1,3x1,4x1,8x1", "1x2,2x3,3x1,4x3,8x4"):
+    torch.compiler.reset()
+    counters.clear()
+    job = load_config(sys.argv[1], f"model.layers={layers}")
+    scorer = make_scorer(job, shape=(1, 8, 8)).eval()
+    eager, compiled = (
+        evaluate(
+            scorer, [(ids, images[ids]) for ids in np.split(np.arange(12), [5, 10])], dims_per_image=64,
+            config=job.likelihood, device=torch.device("cpu"), samples=3, compiled=how,
+        )
+        for how in (False, True)
+    )
+    assert abs(compiled.mean("negative_bound") / eager.mean("negative_bound") - 1) < 1e-6, (compiled, eager)
+    graphs.append(counters["stats"]["unique_graphs"])
+print(*graphs)
+"""
+
+
+def test_a_ladder_is_compiled_by_blocks_and_a_deeper_one_takes_no_more_graphs(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(job_of("hierarchical", tmp_path, tmp_path).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-c", LADDERS, str(tmp_path / "job.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # a rung of each size, the first rung of all, the output and the weights
+    assert done.stdout.split() == 2 * [str(5 + 1 + 1 + 1)]

@@ -127,15 +127,26 @@ class ImportanceBound(NamedTuple):
     effective_samples: Float64[Tensor, " B"]  # (sum w)^2 / sum w^2, between 1 and K
 
 
+def weights_of(inference: Inference, pixels: ObservationModel, levels: Tensor) -> Float[Tensor, " KB"]:
+    """log p(x, z) - log q(z | x) of codes that are drawn and decoded."""
+    return _log_weights(pixels.log_prob(inference.parameters, levels), inference.layers)
+
+
 def log_weights(
-    vae: VAE, pixels: ObservationModel, levels: Tensor, encoding: Any, noise: Noise, samples: int
+    vae: VAE,
+    pixels: ObservationModel,
+    levels: Tensor,
+    encoding: Any,
+    noise: Noise,
+    samples: int,
+    *,
+    weigh: Callable[..., Tensor] = weights_of,
 ) -> Float[Tensor, " KB"]:
     """log p(x, z) - log q(z | x) of codes drawn for encoded images: K = samples for each, the second draw of all after the first.
 
-    levels and noise hold K rows for each image, in that order.
+    levels and noise hold K rows for each image, in that order. weigh: weights_of, or what torch.compile makes of it.
     """
-    inference = vae.draw(encoding, noise, samples=samples)
-    return _log_weights(pixels.log_prob(inference.parameters, levels), inference.layers)
+    return weigh(vae.draw(encoding, noise, samples=samples), pixels, levels)
 
 
 @torch.no_grad()
@@ -154,7 +165,7 @@ def importance_bound(
     Neither draws nor sums depend on the chunk (draws decoded at once, by default as many as CHUNK_VALUES allow): a log-weight
     is the same but for the last bits of the network's matrix products, whose rounding may change with the batch.
 
-    weigh: log_weights, or what torch.compile makes of it.
+    weigh: log_weights, or what is compiled of it.
     """
     assert samples >= 1, samples
     most = max(1, WEIGHT_BYTES // (8 * samples))

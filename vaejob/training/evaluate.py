@@ -1,16 +1,22 @@
 """The likelihood of held-out images: each once, in fixed blocks, with noise that belongs to the image."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vaejob.config import LikelihoodConfig, Precision
-from vaejob.likelihood.bounds import NegativeELBO, importance_bound, log_weights
+from vaejob.likelihood.bounds import NegativeELBO, importance_bound, log_weights, weights_of
+from vaejob.likelihood.pixels import ObservationModel
 from vaejob.metrics import LayerTotals, LikelihoodTotals, RunningTotals, layer_totals
 from vaejob.model.noise import Noise
+from vaejob.model.vae import VAE
 from vaejob.training.arithmetic import own_arithmetic
+from vaejob.training.heap import freed_memory_kept
+from vaejob.training.passes import blocks_compiled, compiling
 from vaejob.training.step import draw_levels, evaluation_noise, in_pieces
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -41,19 +47,36 @@ def evaluate(
     float64 for either: with bf16 it is the bound of a model whose weights and hidden layers are a little rounded.
     compiled: where there are several samples; it takes seconds, and changes what rounding left.
     """
-    weigh = torch.compile(log_weights) if compiled else log_weights
+    weigh = _compiled(scorer) if compiled else log_weights
     totals = RunningTotals(dims_per_image=dims_per_image, device=device)
-    for levels, noise in _levels(scorer, blocks, config=config, device=device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            terms = scorer(levels, noise.keys)
-            if samples == 1:
-                totals.add(terms)
-                continue
-            bound, effective_samples = importance_bound(
-                scorer.vae, scorer.pixels, levels, noise, samples=samples, weigh=weigh
-            )
-        totals.add(terms, negative_bound=-bound, effective_samples=effective_samples, samples=samples)
+    with freed_memory_kept(device), compiling() if compiled else nullcontext():
+        for levels, noise in _levels(scorer, blocks, config=config, device=device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                terms = scorer(levels, noise.keys)
+                if samples == 1:
+                    totals.add(terms)
+                    continue
+                bound, effective_samples = importance_bound(
+                    scorer.vae, scorer.pixels, levels, noise, samples=samples, weigh=weigh
+                )
+            totals.add(terms, negative_bound=-bound, effective_samples=effective_samples, samples=samples)
     return totals.to_host()
+
+
+def _compiled(scorer: NegativeELBO) -> Callable[..., Tensor]:
+    """log_weights, compiled; of a deep model by blocks, for batches of the size that comes first and most often."""
+    if not scorer.vae.blocks:
+        return torch.compile(log_weights)
+    by_blocks, weigh = blocks_compiled(scorer).vae, torch.compile(weights_of, dynamic=False)
+    sizes = set[int]()
+
+    def of_usual_size(vae: VAE, pixels: ObservationModel, levels: Tensor, *others: Any) -> Tensor:
+        if len(levels) not in sizes and sizes:
+            return log_weights(vae, pixels, levels, *others)
+        sizes.add(len(levels))
+        return log_weights(by_blocks, pixels, levels, *others, weigh=weigh)
+
+    return of_usual_size
 
 
 @own_arithmetic()

@@ -101,7 +101,7 @@ class CompiledScorer(nn.Module):
     def __init__(self, scorer: NegativeELBO, *, sizes: Collection[int]) -> None:
         super().__init__()
         self.scorer, self._sizes = scorer, sizes
-        self._graphs = _blocks_compiled(scorer) if scorer.vae.blocks else torch.compile(scorer, dynamic=False)
+        self._graphs = blocks_compiled(scorer) if scorer.vae.blocks else torch.compile(scorer, dynamic=False)
         self._met = set[int]()
 
     def forward(
@@ -115,13 +115,13 @@ class CompiledScorer(nn.Module):
         images = len(levels)
         usual = images in self._sizes
         scorer = self._graphs if usual else self.scorer
-        with _compiling() if usual and images not in self._met else nullcontext():
+        with compiling() if usual and images not in self._met else nullcontext():
             terms: BoundTerms = scorer(levels, keys, config, own, draws(self.scorer.vae, keys, config, own))
         self._met.add(images)
         return terms
 
 
-def _blocks_compiled(scorer: NegativeELBO) -> NegativeELBO:
+def blocks_compiled(scorer: NegativeELBO) -> NegativeELBO:
     """The scorer with its very weights, its model compiled block by block; blocks of one shape share a graph.
 
     What follows from all codes, likelihood and rates, is a graph of its own. So compiling hardly takes longer for a deep model
@@ -135,7 +135,7 @@ def _blocks_compiled(scorer: NegativeELBO) -> NegativeELBO:
 
 
 @contextmanager
-def _compiling(**settings: Any) -> Iterator[None]:
+def compiling(**settings: Any) -> Iterator[None]:
     """While a graph is made: torch would stop compiling one function at its eighth shape, in whatever job, and go on without."""
     import torch._dynamo.config as tracing  # loads the compiler, which takes seconds
 
@@ -167,7 +167,7 @@ class CompiledPasses:
         drawn = draws(self._scorer.vae, keys, self._job.objective, own)
         arguments = levels, keys, own, drawn, beta_there, weight_there
         if usual and not self._compiled:
-            with _compiling(trace_autograd_ops=True):
+            with compiling(trace_autograd_ops=True):
                 self._graph(*arguments)
             self._compiled = True
         passed, gradients = (self._graph if usual else self._passes)(*arguments)
