@@ -1,5 +1,6 @@
 """training.profile tells where the time went, adds up, and changes no number of the run."""
 
+import functools
 import gzip
 import json
 import time
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import vaejob
 from tests.test_resident import addresses, job_of, outcome, rank_of_jobs
 from vaejob.cli import app
+from vaejob.config import JobConfig
 from vaejob.errors import RunError
 from vaejob.storage import open_bucket
 from vaejob.storage.profiles import read_profile
@@ -90,6 +92,35 @@ def test_two_workers_are_profiled_apart_and_wait_for_one_another(job_of: Any, tm
         # After each backward pass, and where all ask whether to stop.
         assert spent["communication"]["times"] == 2 * rank["steps"]
         assert sum(row["share"] for row in rank["stages"]) == pytest.approx(1)
+
+
+def one_of_two_compiled(rank: int, folder: str, job: JobConfig) -> None:
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    rank_of_jobs(rank, 2, folder, [job])
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_gradients_are_exchanged_while_others_are_computed(compiled: str, job_of: Any, tmp_path: Path) -> None:
+    """By each rank's trace, of a ladder with more weights than the first bucket of gradients: those are summed meanwhile."""
+    ladder = ["model.family=hierarchical", "model.layers=1x1,2x1,4x2", "model.width=192", "data.global_batch=16"]
+    job = job_of("profiled", *ladder, "training.profile=true", f"training.compile={compiled}")
+    torch.multiprocessing.spawn(one_of_two_compiled, args=(str(tmp_path), job), nprocs=2)
+    for rank in read_profile(run := open_bucket(f"{tmp_path}/profiled")):
+        events = json.loads(gzip.decompress(run.read(rank["trace"])))["traceEvents"]
+        passes = spans(events, "backward")
+        assert len(passes) == profile.STEPS_TRACED
+        for begin, end in passes:
+            sums, products = (
+                [one for one in spans(events, name) if begin <= one[0] <= end]
+                for name in ("gloo:all_reduce", "aten::convolution_backward")
+            )
+            assert len(sums) > 1
+            assert min(sums)[0] < max(products)[0]
+
+
+def spans(events: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Begin and end of each event of that name, in microseconds."""
+    return [(one["ts"], one["ts"] + one["dur"]) for one in events if one["name"] == name and one["ph"] == "X"]
 
 
 def test_stage_inside_another_is_counted_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
