@@ -8,6 +8,7 @@ near-equal parts it gives each rank its own lanes. Nothing is stored, drawn from
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, islice
 from typing import NamedTuple, Self
 
@@ -45,7 +46,12 @@ def _hashes(key: int, indices: np.ndarray) -> np.ndarray:
 
 def ids_digest(ids: np.ndarray, *, epoch: int) -> int:
     """A 64-bit sum over samples that tells which were seen, in whatever parts: digests add up modulo 2^64."""
-    return int(_hashes(hash_of(epoch), ids).sum(dtype=np.uint64))
+    return int(_hashes(_key_of(epoch), ids).sum(dtype=np.uint64))
+
+
+@lru_cache(maxsize=8)
+def _key_of(epoch: int) -> int:
+    return hash_of(epoch)
 
 
 class GlobalBatch(NamedTuple):
