@@ -4,16 +4,19 @@
     python tests/benchmarks/gpu.py --tiny                      the same on a CPU with small shapes, to try the script itself
 
 ladders   hierarchical models of VDVAE's shapes for CIFAR-10, ImageNet-32 and ImageNet-64: plain float32 as a loop without
-          compiler would take it, bfloat16, and that compiled. Before it is timed, the gradient of each is held against that of
-          plain float32 from the same weights, images and noise. Images/s, TFLOP/s (operations counted by torch's
-          FlopCounterMode), their share of a matrix product's rate on the same card, and the most memory in use. What does not
-          fit is tried with half the batch.
+          compiler would take it, bfloat16, that compiled, and that replayed as CUDA graphs. Before it is timed, the gradient of
+          each is held against that of plain float32 from the same weights, images and noise. Images/s, TFLOP/s (operations
+          counted by torch's FlopCounterMode), their share of a matrix product's rate on the same card and of the roofline on an
+          H200, and the most memory in use. What does not fit is tried with half the batch.
 dense     the recipe mnist-iwae-1 at several batches: images/s and steps/s
 stream    shards in a folder to images on the card, without a step
 checkpoint  how long a state of 500 MB keeps the training thread
 
 Steps are whole ones: noise, both passes, guard, optimiser, averaged weights. They are timed by the card's own events, after
 some that do not count, twice; both figures are shown. What no longer fits into --minutes is named and left out.
+
+CUDA graphs are a trial of torch's own (inductor's triton.cudagraphs), which no setting of a job turns on: what a graph gives
+lies in memory that its next replay overwrites, and a job's totals hold the terms of 64 batches.
 """
 
 import argparse
@@ -26,11 +29,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,19 +64,24 @@ class Ladder(NamedTuple):
     batch: int
     goal: float = 0.0
     """Images/s."""
+    roofline: float = 0.0
+    """Images/s that an H200 (790 TFLOP/s of bfloat16 products, 4.3 TB/s) allows by operations and bytes, with one pointwise
+    kernel a convolution."""
 
 
 LADDERS = {
-    "CIFAR-10": Ladder("1x1,4x3,8x6,16x11,32x22", 384, 32, 128, 1700),
-    "ImageNet-32": Ladder("1x2,4x5,8x10,16x20,32x41", 512, 32, 128, 700),
-    "ImageNet-64": Ladder("1x2,4x4,8x8,16x16,32x32,64x13", 512, 64, 64, 330),
+    "CIFAR-10": Ladder("1x1,4x3,8x6,16x11,32x22", 384, 32, 128, 1700, 2672),
+    "ImageNet-32": Ladder("1x2,4x5,8x10,16x20,32x41", 512, 32, 128, 700, 1029),
+    "ImageNet-64": Ladder("1x2,4x4,8x8,16x16,32x32,64x13", 512, 64, 64, 330, 480),
 }
 TINY = {"tiny": Ladder("1x1,4x1,8x2", 16, 8, 4)}
-PLAIN = "plain float32"
+PLAIN, GRAPHS = "plain float32", " as CUDA graphs"
+COMPILED = ("training.precision=bf16", "training.compile=true")
 VARIANTS = {
     PLAIN: (),
     "bf16": ("training.precision=bf16",),
-    "bf16 compiled": ("training.precision=bf16", "training.compile=true"),
+    "bf16 compiled": COMPILED,
+    f"bf16 compiled{GRAPHS}": COMPILED,
 }
 PIECE = 8
 """Images of a gradient that are taken at once where nothing is compiled: so that it fits wherever a step does."""
@@ -91,6 +101,7 @@ class Steps:
     def take(self, steps: int) -> None:
         state = self.state
         for _ in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
             terms = train_step(
                 self.model, state.optimizer, self.images, self.ids, job=self.job, pixels=state.scorer.pixels, epoch=0,
                 beta=1.0, learning_rate=1e-4, weight=1 / len(self.ids), guard=state.guard,
@@ -116,6 +127,12 @@ class Steps:
         with FlopCounterMode(display=False) as counter:
             self.gradient()
         return int(counter.get_total_flops() // len(self.ids))
+
+
+def replayed(variant: str) -> AbstractContextManager[None]:
+    """While it is open, what is compiled and called is replayed as CUDA graphs, if the variant says so."""
+    context: AbstractContextManager[None] = torch._inductor.config.patch("triton.cudagraphs", variant.endswith(GRAPHS))
+    return context
 
 
 def main() -> None:
@@ -205,7 +222,7 @@ def ladders(options: argparse.Namespace) -> list[dict[str, Any]]:
             else:
                 said(f"{name}, {variant}: not even one image fits")
             if rows_of_model and rows_of_model[-1]["variant"] == variant:
-                say(rows_of_model[-1], plain=rows_of_model[0], rate=rate, goal=ladder.goal)
+                say(rows_of_model[-1], plain=rows_of_model[0], rate=rate, ladder=ladder)
         rows += rows_of_model
     return rows
 
@@ -219,12 +236,13 @@ def row(name: str, ladder: Ladder, variant: str, images: Tensor, *, steps: int) 
     del plain
     trained = Steps(ladder_job(ladder, variant, batch=len(images)), images)
     begun = time.monotonic()
-    gradient = trained.gradient()
-    started = time.monotonic() - begun
-    off = float((gradient - expected).norm() / expected.norm())
-    assert off < CLOSE[trained.job.training.precision], f"{name}, {variant}: the gradient is off by {off:.1%}"
-    del gradient, expected
-    took = [milliseconds(trained.take, warm=3, steps=steps) for _ in range(2)]
+    with replayed(variant):
+        gradient = trained.gradient()
+        started = time.monotonic() - begun
+        off = float((gradient - expected).norm() / expected.norm())
+        assert off < CLOSE[trained.job.training.precision], f"{name}, {variant}: the gradient is off by {off:.1%}"
+        del gradient, expected
+        took = [milliseconds(trained.take, warm=3, steps=steps) for _ in range(2)]
     return {
         "model": name, "variant": variant, "weights": parameters(trained.state.scorer), "batch": len(images),
         "milliseconds": took, "images_per_second": len(images) / (statistics.mean(took) / 1e3), "gradient_off": off,
@@ -242,7 +260,7 @@ def ladder_job(ladder: Ladder, variant: str, *, batch: int) -> JobConfig:
     )  # fmt: skip
 
 
-def say(found: dict[str, Any], *, plain: dict[str, Any], rate: float, goal: float) -> None:
+def say(found: dict[str, Any], *, plain: dict[str, Any], rate: float, ladder: Ladder) -> None:
     per_second = found["images_per_second"]
     operations = per_second * found["operations_per_image"]
     said(
@@ -250,7 +268,8 @@ def say(found: dict[str, Any], *, plain: dict[str, Any], rate: float, goal: floa
         f"({', '.join(f'{each:.1f}' for each in found['milliseconds'])} ms a step), {operations / 1e12:.3g} TFLOP/s, "
         f"{operations / rate:.1%} of a matrix product's, {per_second / plain['images_per_second']:.2f} x {plain['variant']}; gradient "
         f"off by {found['gradient_off']:.1e}; {found['peak_bytes'] / 1e9:.1f} GB; first passes {found['first_passes_seconds']:.0f} s"
-        + (f"; goal {goal:,.0f} images/s" if goal else "")
+        + (f"; goal {ladder.goal:,.0f} images/s" if ladder.goal else "")
+        + (f", {per_second / ladder.roofline:.0%} of an H200's roofline" if ladder.roofline else "")
     )
 
 
@@ -264,12 +283,14 @@ def dense(options: argparse.Namespace) -> list[dict[str, Any]]:
     said(line(["---"] * 4))
     for batch in (100,) if options.tiny else (20, 100, 1000, 10_000):
         images = torch.randint(256, (batch, 1, 28, 28), dtype=torch.uint8).to(DEVICE)
-        for variant, settings in {**VARIANTS, "float32 compiled": ("training.compile=true",)}.items():
+        others = dict.fromkeys(("float32 compiled", f"float32 compiled{GRAPHS}"), ("training.compile=true",))
+        for variant, settings in {**VARIANTS, **others}.items():
             job = vaejob.load_config(
                 "mnist-iwae-1", "data.train=nowhere", "data.test=null", f"data.global_batch={batch}", *settings
             )
             steps = Steps(job, images)
-            took = milliseconds(steps.take, warm=20, steps=50 if options.tiny else 300)
+            with replayed(variant):
+                took = milliseconds(steps.take, warm=20, steps=50 if options.tiny else 300)
             rows.append({"batch": batch, "variant": variant, "milliseconds": took})
             said(line([f"{batch:,}", variant, f"{1e3 * batch / took:,.0f}", f"{1e3 / took:,.0f}"]))
     return rows

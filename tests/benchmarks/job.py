@@ -233,6 +233,7 @@ def bare(options: argparse.Namespace) -> None:
                 break
     if rank == 0:
         print(json.dumps(steady(moments)))
+    torch.distributed.barrier()  # torch aborts where one rank leaves while the other still takes its leave
     torch.distributed.destroy_process_group()
 
 

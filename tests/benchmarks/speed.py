@@ -44,7 +44,7 @@ from tests.benchmarks.paired import Cost, Spread, spread
 from tests.benchmarks.peers.tables import around_markers, line, write_between_markers
 
 ROOT = Path(__file__).parents[2]
-README, BEGIN = ROOT / "README.md", "<!-- speed benchmark -->"
+README, BEGIN, BEGIN_BRIEF = ROOT / "README.md", "<!-- speed benchmark -->", "<!-- speed benchmark in brief -->"
 CASES = {
     "mlp100": "dense",
     "mlp20": "dense",
@@ -72,7 +72,10 @@ def main() -> None:
     arguments.add_argument(
         "--of", nargs="+", type=Path, metavar="FILE", help="measure nothing: tables of earlier --json"
     )
-    arguments.add_argument("--readme", action="store_true", help="write the tables into README.md, between its markers")
+    arguments.add_argument(
+        "--readme", action="store_true", help="write the tables into README.md, between their markers"
+    )
+    arguments.add_argument("--brief", action="store_true", help="one table of ratios alone, as of a second machine")
     arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of our jobs")
     arguments.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # one case, in this process, into this file
     options = arguments.parse_args()
@@ -83,19 +86,20 @@ def main() -> None:
             getattr(import_module(f"tests.benchmarks.cases.{CASES[name]}"), name)(options, folder)
         sys.stdout.flush()
         os._exit(0)  # the threads of jobs that stand still are not waited for
+    begin = BEGIN_BRIEF if options.brief else BEGIN
     if options.readme:
-        around_markers(README, begin=BEGIN)  # before minutes of work
+        around_markers(README, begin=begin)  # before minutes of work
     if options.of:
         measured = [json.loads(file.read_text()) for file in options.of]
     else:
         found = [case for name in options.only if (case := in_fresh_process(name)) is not None]
         measured = [{"machine": machine_line(), "cases": [asdict(case) for case in found]}]
-    report = "\n".join(report_of(measured))
+    report = "\n".join(brief_of(measured) if options.brief else report_of(measured))
     print(f"\n{report}", flush=True)
     if options.json and not options.of:
         options.json.write_text(json.dumps(measured[0]))
     if options.readme:
-        write_between_markers(README, report, begin=BEGIN)
+        write_between_markers(README, report, begin=begin)
 
 
 def report_of(measured: list[dict[str, Any]]) -> list[str]:
@@ -105,6 +109,18 @@ def report_of(measured: list[dict[str, Any]]) -> list[str]:
         lines += [] if call["machine"] == before else [call["machine"], ""]
         before = call["machine"]
         lines += [text for case in call["cases"] for text in table(Found.from_dict(case))]
+    return lines
+
+
+def brief_of(measured: list[dict[str, Any]]) -> list[str]:
+    """Ratios per CPU second, a case a line."""
+    machines = dict.fromkeys(call["machine"] for call in measured)
+    cases = [Found.from_dict(case) for call in measured for case in call["cases"]]
+    rows = list(dict.fromkeys(row for found in cases for row in found.goals))
+    lines = [*machines, "", line(["per CPU s", "peer", *rows]), line(["---"] * (len(rows) + 2))]
+    for found in cases:
+        reached = [str(ratio(found, row, by_cpu)) if row in found.first else "" for row in rows]
+        lines.append(line([found.title, found.peer, *reached]))
     return lines
 
 
