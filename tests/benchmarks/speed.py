@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from tests.benchmarks.cases.case import Found
+from tests.benchmarks.cases.case import PRECISIONS, Found
 from tests.benchmarks.paired import Cost, Spread, spread
 from tests.benchmarks.peers.tables import around_markers, line, write_between_markers
 
@@ -114,13 +115,13 @@ def report_of(measured: list[dict[str, Any]]) -> list[str]:
 
 def brief_of(measured: list[dict[str, Any]]) -> list[str]:
     """Ratios per CPU second, a case a line."""
-    machines = dict.fromkeys(call["machine"] for call in measured)
-    cases = [Found.from_dict(case) for call in measured for case in call["cases"]]
-    rows = list(dict.fromkeys(row for found in cases for row in found.goals))
-    lines = [*machines, "", line(["per CPU s", "peer", *rows]), line(["---"] * (len(rows) + 2))]
-    for found in cases:
-        reached = [str(ratio(found, row, by_cpu)) if row in found.first else "" for row in rows]
-        lines.append(line([found.title, found.peer, *reached]))
+    machines = dict.fromkeys(re.sub(", load [^;]*", "", call["machine"]) for call in measured)
+    lines = [*machines, "", line(["per CPU s", "peer", *PRECISIONS]), line(["---"] * (len(PRECISIONS) + 2))]
+    for found in (Found.from_dict(case) for call in measured for case in call["cases"]):
+        reached = {name: str(ratio(found, name, by_cpu)) for name in found.goals}
+        # What has no precision of its own is in float32.
+        cells = [reached.get(name) or reached.get(name.replace(" fp32", ""), "") for name in PRECISIONS]
+        lines.append(line([found.title, found.peer, *cells]))
     return lines
 
 
