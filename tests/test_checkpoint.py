@@ -18,6 +18,7 @@ import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ranks import leave
 from tests.s3.faultproxy import FaultProxy
 from tests.s3.server import S3Server
 from tests.test_step import JOB
@@ -282,7 +283,7 @@ def sent_to(rank: int, world_size: int, folder: str) -> None:
     state = state_of_first(tensors_of_all_kinds() if rank == 0 else None, worker)
     assert state is not None
     torch.save(state, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def tensors_of_all_kinds() -> dict[str, torch.Tensor]:

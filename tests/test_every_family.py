@@ -16,6 +16,7 @@ import torch.multiprocessing
 
 import vaejob
 import vaejob.training.loop
+from tests.ranks import leave
 from tests.test_checkpoint import assert_equal
 from tests.test_stability import WorkerWithLedger, newest_state, pack_digits, small_job
 from vaejob.config import JobConfig
@@ -81,7 +82,7 @@ def two_ranks(rank: int, folder: str, jobs: list[JobConfig]) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for job in jobs:
         work(job, WorkerWithLedger(job, rank=rank, world_size=2))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_ranks_train_as_one(home: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vaejob
+from tests.ranks import leave
 from tests.test_checkpoint import GlooWorker
 from tests.test_stability import WorkerWithLedger
 from tests.test_stream import damage_a_row_group
@@ -215,4 +216,4 @@ def rank_of_jobs(rank: int, world_size: int, folder: str, jobs: list[JobConfig])
             begin(job)
         torch.distributed.barrier()
         work(job, WorkerWithLedger(job, rank=rank, world_size=world_size))
-    torch.distributed.destroy_process_group()
+    leave()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import vaejob
 import vaejob.training.loop
+from tests.ranks import leave
 from tests.test_checkpoint import GlooWorker, assert_equal
 from tests.test_step import IDS, IMAGES, JOB
 from vaejob.config import JobConfig, OptimizerConfig
@@ -379,7 +380,7 @@ def rank_of_job(rank: int, world_size: int, folder: str, job: JobConfig, disturb
 
     vaejob.training.loop.train_step = disturbed
     work(job, WorkerWithLedger(job, rank=rank, world_size=world_size))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def rank_that_goes_on(rank: int, world_size: int, folder: str, job: JobConfig) -> None:

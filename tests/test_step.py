@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from tests.ranks import leave
 from tests.test_bounds import GaussianDensity, TwoLayers, noise, pictures
 from vaejob.config import ObjectiveConfig, OptimizerConfig, parse_config
 from vaejob.likelihood.bounds import NegativeELBO, importance_bound
@@ -82,7 +83,7 @@ def one_rank(
         cuts[rank], cuts[rank + 1], world_size=world_size, settings=settings, micro_batch=micro_batch
     )
     torch.save(weights, Path(folder) / f"{world_size}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 0), (5, 0), (2, 1)])

@@ -15,6 +15,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 import vaejob
+from tests.ranks import leave
 from vaejob.cli.story_numbers import Score, Told, difference, factorised_marginal, findings, score
 from vaejob.cli.terminal import Progress, what_it_is_of
 from vaejob.config import JobConfig, LikelihoodConfig, parse_config
@@ -391,7 +392,7 @@ def one_rank(rank: int, world_size: int, folder: str) -> None:
     )
     cuts = [0, 1, 3]
     torch.save(table_after_two_steps(cuts[rank], cuts[rank + 1], world_size=world_size), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_ranks_move_the_table_like_one(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import vaejob
 from tests.benchmarks.loop import all_images, pack_digits
 from tests.benchmarks.paired import Spread, spread
+from tests.ranks import leave
 from tests.s3.server import client, running, which_server
 from vaejob.data.batches import open_data
 from vaejob.storage import open_bucket
@@ -233,8 +234,7 @@ def bare(options: argparse.Namespace) -> None:
                 break
     if rank == 0:
         print(json.dumps(steady(moments)))
-    torch.distributed.barrier()  # torch aborts where one rank leaves while the other still takes its leave
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def reports(options: argparse.Namespace) -> None:
