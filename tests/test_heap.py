@@ -1,6 +1,7 @@
 """A job on a CPU keeps the memory that its steps free, until it ends; no page is asked of the kernel twice."""
 
 import platform
+import resource
 import subprocess
 import sys
 
@@ -10,11 +11,12 @@ import torch
 from vaejob.training import heap
 
 PAGES = """
-import resource, threading
+import ctypes, resource
 from concurrent.futures import ThreadPoolExecutor
 import psutil, torch
 from vaejob.training.heap import freed_memory_kept
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: some machines hand out 2 MB at once
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
 
@@ -30,7 +32,7 @@ def pages_of_a_step():
         step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5
 
-def in_a_thread(): 
+def in_a_thread():
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(pages_of_a_step).result()
 
@@ -52,9 +54,10 @@ def test_freed_memory_is_used_again_until_the_job_ends() -> None:
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     usual, usual_in_a_thread, kept, kept_in_a_thread, given_back_mb, afterwards = map(int, done.stdout.split())
-    assert min(usual, usual_in_a_thread) > 20_000  # of the 60,000 that it writes to
-    assert max(kept, kept_in_a_thread) < 2_000
-    assert afterwards > 5_000
+    written = (240 << 20) // resource.getpagesize()
+    assert min(usual, usual_in_a_thread) > written / 3
+    assert max(kept, kept_in_a_thread) < written / 30
+    assert afterwards > written / 12
     assert given_back_mb > 100
 
 
