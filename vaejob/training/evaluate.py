@@ -68,12 +68,13 @@ def _compiled(scorer: NegativeELBO) -> Callable[..., Tensor]:
     if not scorer.vae.blocks:
         return torch.compile(log_weights)
     by_blocks, weigh = blocks_compiled(scorer).vae, torch.compile(weights_of, dynamic=False)
-    sizes = set[int]()
+    usual = 0
 
     def of_usual_size(vae: VAE, pixels: ObservationModel, levels: Tensor, *others: Any) -> Tensor:
-        if len(levels) not in sizes and sizes:
+        nonlocal usual
+        usual = usual or len(levels)
+        if len(levels) != usual:
             return log_weights(vae, pixels, levels, *others)
-        sizes.add(len(levels))
         return log_weights(by_blocks, pixels, levels, *others, weigh=weigh)
 
     return of_usual_size
