@@ -19,8 +19,9 @@ class Gaussian(NamedTuple):
 
     def log_prob(self, z: Float[Tensor, " B *latent"]) -> Float[Tensor, " B"]:
         """Nats, summed over the code."""
-        eps = (z - self.mean) * (-self.log_std).exp()
-        return -_summed(0.5 * eps.square() + self.log_std + 0.5 * math.log(2 * math.pi))
+        z, mean, log_std = map(_channels_last, (z, *self))
+        eps = (z - mean) * (-log_std).exp()
+        return -_summed(0.5 * eps.square() + log_std + 0.5 * math.log(2 * math.pi))
 
     def repeat(self, times: int) -> "Gaussian":
         """The whole batch, times over: the second copy follows the first."""
@@ -50,9 +51,15 @@ def standard_normal(like: Float[Tensor, " B *latent"]) -> Gaussian:
 def kl(q: Gaussian, p: Gaussian) -> Float[Tensor, " B"]:
     """KL(q || p) in nats, summed over the code."""
     # log(sp / sq) + (sq^2 + (mq - mp)^2) / (2 sp^2) - 1/2, with d = log(sq / sp)
-    d = q.log_std - p.log_std
-    shift = (q.mean - p.mean) * (-p.log_std).exp()
+    q_mean, q_log_std, p_mean, p_log_std = map(_channels_last, (*q, *p))
+    d = q_log_std - p_log_std
+    shift = (q_mean - p_mean) * (-p_log_std).exp()
     return _summed(0.5 * (torch.expm1(2 * d) + shift.square()) - d)
+
+
+def _channels_last(code: Float[Tensor, " B *latent"]) -> Float[Tensor, " B ..."]:
+    """A map's axes in the order in which it lies in memory: compiled, gradients come in the order of axes."""
+    return code.movedim(1, -1) if code.ndim == 4 else code
 
 
 def _summed(nats: Float[Tensor, " B *latent"]) -> Float[Tensor, " B"]:

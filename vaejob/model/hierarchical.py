@@ -229,8 +229,12 @@ def _conv(in_channels: int, out_channels: int, kernel: int, *, gain: float = 1.0
 
 
 def _bounded(scales: Float[Tensor, "B ZZ h w"]) -> Gaussian:
-    """A softplus with a floor, as in other ladders, would bound narrow scales alone; a wide posterior overflows as well."""
-    return gaussian(*scales.chunk(2, dim=1), bounded=True)
+    """A softplus with a floor, as in other ladders, would bound narrow scales alone; a wide posterior overflows as well.
+
+    The mean is copied out from among the other channels: to whatever reads it, and to its gradient, holes cost more.
+    """
+    mean, log_std = scales.chunk(2, dim=1)
+    return gaussian(channels_last(mean), log_std, bounded=True)
 
 
 def _shrink(h: Float[Tensor, "B D H W"], size: int) -> Float[Tensor, "B D h w"]:
