@@ -1,13 +1,15 @@
 """The benchmarks' timer: what its interval promises, and that jobs take turns."""
 
 import math
+import multiprocessing
+import os
 import time
+from unittest.mock import ANY
 
-import numpy as np
 import pytest
 
 from tests.benchmarks.loop import pack_digits
-from tests.benchmarks.paired import PacedJob, alternate, spread
+from tests.benchmarks.paired import Cost, OwnProcess, alternate, in_this_process, repeated, spread, whole_job
 from vaejob import load_config
 
 
@@ -33,32 +35,68 @@ def test_every_round_has_every_pass_once() -> None:
         calls.append(name)
         return 1
 
-    passes = {name: (lambda name=name: work(name)) for name in "abc"}  # type: ignore[misc]
+    passes = {name: in_this_process(lambda name=name: work(name)) for name in "abc"}  # type: ignore[misc]
     *_, (first, rounds) = alternate(passes, rounds=5, seconds=60)
     assert [sorted(calls[i : i + 3]) for i in range(0, len(calls), 3)] == [list("abc")] * 6
     assert list(first) == list("abc")
     assert len(rounds) == 5
 
 
-def test_a_job_stands_still_between_its_passes(tmp_path: object) -> None:
-    seen: list[int] = []
+def test_a_process_of_its_own_works_only_when_it_is_its_turn() -> None:
+    done = multiprocessing.Value("i", 0)
+
+    def work() -> int:
+        with done.get_lock():
+            done.value += 1
+        spent = time.process_time()
+        while time.process_time() < spent + 0.05:
+            pass
+        return 7
+
+    process = OwnProcess("counts", repeated(work))
+    try:
+        for turn in (1, 2, 3):
+            images, cpu_seconds, wall_seconds = process()
+            assert (images, done.value) == (7, turn)
+            assert cpu_seconds >= 0.05
+            assert wall_seconds >= 0.05
+            time.sleep(0.05)
+            assert done.value == turn
+    finally:
+        process.end()
+
+
+def test_what_a_process_of_its_own_sets_stays_there() -> None:
+    def work() -> int:
+        os.environ["OF_ONE_SIDE"] = "set"
+        return 1
+
+    process = OwnProcess("sets", repeated(work))
+    try:
+        assert process() == Cost(1, ANY, ANY)
+        assert "OF_ONE_SIDE" not in os.environ
+    finally:
+        process.end()
+
+
+def test_a_job_waits_after_every_pass(tmp_path: object) -> None:
+    data = pack_digits(str(tmp_path), images=400)
     job = load_config(
-        "mnist-iwae-1", f"data.train={pack_digits(str(tmp_path), images=400)}", "data.test=null", "cluster.workers=0",
+        "mnist-iwae-1", f"data.train={data}", "data.test=null", "cluster.workers=0",
         "run.bucket=memory://paced", "training.images=1000000", "model.hidden=[8]", "data.global_batch=50",
     )  # fmt: skip
-    paced = PacedJob(job, images=200)
-    for _ in range(3):
-        assert paced() == 200
-        seen.append(paced._seen)
-        time.sleep(0.05)
-        assert paced._seen == seen[-1]
-    paced.end()
-    assert np.diff(seen).tolist() == [4, 4]
+    process = OwnProcess("job", whole_job(job, images=200))
+    try:
+        assert [process().images for _ in range(3)] == [200, 200, 200]
+    finally:
+        process.end()
 
 
-def test_what_ends_a_job_ends_its_pass() -> None:
+def test_what_ends_a_job_ends_its_pass(capfd: pytest.CaptureFixture[str]) -> None:
     job = load_config(
         "mnist-iwae-1", "data.train=memory://nothing", "data.test=null", "cluster.workers=0", "run.bucket=memory://none"
     )
-    with pytest.raises(Exception, match="memory://nothing"):
-        PacedJob(job, images=100)()
+    process = OwnProcess("job", whole_job(job, images=100))
+    with pytest.raises(RuntimeError, match="job ended with 1 before its pass did"):
+        process()
+    assert "memory://nothing" in capfd.readouterr().err

@@ -1,12 +1,14 @@
-"""Pairs on a noisy machine: passes that take turns, and the ratios within a round. Costs are of this whole process."""
+"""Pairs on a noisy machine: passes that take turns, and the ratios within a round. Costs are of a whole process."""
 
 import math
+import multiprocessing
 import os
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import vaejob
@@ -48,73 +50,108 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[left_out], ordered[-1 - left_out])
 
 
-def measured(work: Pass) -> Cost:
-    cpu, wall = time.process_time(), time.perf_counter()
-    images = work()
-    seconds = time.perf_counter() - wall
-    time.sleep(SETTLE_SECONDS)
-    return Cost(images, time.process_time() - cpu, seconds)
+Turn = Callable[[], Cost]
+"""Has one pass done."""
+
+Work = Callable[[Callable[[int], None]], None]
+"""Does passes for ever; after each it calls what it was given with the pass's images, which returns when the next may begin."""
 
 
 def alternate(
-    passes: Mapping[str, Pass], *, rounds: int, seconds: float
+    passes: Mapping[str, Turn], *, rounds: int, seconds: float
 ) -> Iterator[tuple[dict[str, Cost], list[dict[str, Cost]]]]:
     """The first pass of each, which warms up and compiles, and the rounds so far, after every round.
 
     A round has all passes, in random order. Rounds end early where the clock has come to so many seconds, but not before 3.
     """
     order, names, until = random.Random(0), list(passes), time.perf_counter() + seconds
-    first, found = {name: measured(passes[name]) for name in names}, []
+    first, found = {name: passes[name]() for name in names}, []
     while len(found) < min(rounds, 3) or (len(found) < rounds and time.perf_counter() < until):
         order.shuffle(names)
-        found.append({name: measured(passes[name]) for name in names})
+        found.append({name: passes[name]() for name in names})
         told = ", ".join(f"{name} {1e3 * cost.cpu_seconds / cost.images:.3g}" for name, cost in found[-1].items())
         print(f"round {len(found)}: CPU ms an image: {told}; load {os.getloadavg()[0]:.1f}", flush=True)
         yield first, found
 
 
-class PacedJob:
-    """A whole job that trains on a thread of its own and stands still between passes, so that what it compiled lasts.
+def in_this_process(work: Pass) -> Turn:
+    def turn() -> Cost:
+        cpu, wall = time.process_time(), time.perf_counter()
+        images = work()
+        seconds = time.perf_counter() - wall
+        return Cost(images, time.process_time() - cpu, seconds)
 
-    Its loop asks after every batch whether it should stop, and is not answered until the next pass.
+    return turn
+
+
+class OwnProcess:
+    """A fork of this process, which stands still between its passes: what one side sets or keeps does not reach the other.
+
+    It ends with this process, or where it is told to. What it was in the middle of is lost.
     """
 
-    def __init__(self, job: vaejob.JobConfig, *, images: int) -> None:
-        """images: of a pass, whole batches."""
-        assert images % job.data.global_batch == 0, images
-        self._images, self._batches = images, images // job.data.global_batch
-        self._job, self._seen, self._ended = job, 0, False
-        self._go, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._train, daemon=True)
+    def __init__(self, name: str, work: Work) -> None:
+        self._name = name
+        self._here, there = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("fork").Process(target=self._serve, args=(work, there))
+        self._process.start()
+        there.close()
 
-    def __call__(self) -> int:
-        """One pass; the first one starts the job."""
-        if self._thread.ident is None:
-            self._thread.start()
-        self._go.release()
-        self._arrived.acquire()
-        if self._failure:
-            raise self._failure
-        return self._images
+    def __call__(self) -> Cost:
+        """One pass. Raises RuntimeError where the process has ended; it has said why."""
+        try:
+            self._here.send(None)
+            return Cost(*self._here.recv())
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise RuntimeError(f"{self._name} ended with {self._process.exitcode} before its pass did") from None
 
     def end(self) -> None:
-        if self._thread.ident is not None:
-            self._ended = True
-            self._go.release()
-            self._thread.join()
+        self._process.kill()
+        self._process.join()
 
-    def _train(self) -> None:
-        try:
-            self._go.acquire()
-            vaejob.train(self._job, should_stop=self._should_stop)
-        except BaseException as error:  # raised again where the pass was asked for
-            self._failure = error
-        self._arrived.release()
+    def _serve(self, work: Work, there: Connection) -> None:
+        self._here.close()
+        cpu, wall = 0.0, 0.0
 
-    def _should_stop(self) -> bool:
-        self._seen += 1
-        if self._seen % self._batches == 0:
-            self._arrived.release()
-            self._go.acquire()
-        return self._ended
+        def begin() -> None:
+            nonlocal cpu, wall
+            try:
+                there.recv()
+            except EOFError:
+                os._exit(0)
+            cpu, wall = time.process_time(), time.perf_counter()
+
+        def passed(images: int) -> None:
+            seconds = time.perf_counter() - wall
+            time.sleep(SETTLE_SECONDS)
+            there.send((images, time.process_time() - cpu, seconds))
+            begin()
+
+        begin()
+        work(passed)
+
+
+def repeated(work: Pass) -> Work:
+    def passes(passed: Callable[[int], None]) -> None:
+        while True:
+            passed(work())
+
+    return passes
+
+
+def whole_job(job: vaejob.JobConfig, *, images: int) -> Work:
+    """A job's loop asks after every batch whether it should stop; after so many images it is kept waiting for the answer."""
+    assert images % job.data.global_batch == 0, images
+
+    def passes(passed: Callable[[int], None]) -> None:
+        batches = count(1)
+
+        def should_stop() -> bool:
+            if next(batches) % (images // job.data.global_batch) == 0:
+                passed(images)
+            return False
+
+        vaejob.train(job, should_stop=should_stop)
+
+    return passes

@@ -5,13 +5,13 @@
     python tests/benchmarks/speed.py --of FILE ... [--readme]     the tables of what earlier calls wrote with --json
 
 Each case is a fresh process with one thread. First it proves that both do equal work: the same weights and noise give the
-same loss and gradient. Then both train in turns, each in every round once, in random order. Figures are images per CPU
-second of the whole process (all of its threads) and by the clock, medians over rounds; ratios are taken within a round, and
-stand with the 95 % interval of their median. A goal is met only if the interval's lower end meets it.
+same loss and gradient. Then both train in turns, each in every round once, in random order, each in a fork of that process,
+so that what one sets for its allocator or its library does not reach the other. Figures are images per CPU second of the
+whole fork (all of its threads) and by the clock, medians over rounds; ratios are taken within a round, and stand with the
+95 % interval of their median. A goal is met only if the interval's lower end meets it.
 
-Ours is the whole job (`vaejob.train`) in this process: shards read, checked and mixed, noise that belongs to the image, exact
-totals, reports. Starting, compiling and the last checkpoint are outside the passes; what the first pass took more is stated.
-Freed memory stays with the process as long as a job of ours is open (vaejob/training/heap.py), for the peer's passes as well.
+Ours is the whole job (`vaejob.train`): shards read, checked and mixed, noise that belongs to the image, exact totals,
+reports. Starting, compiling and the last checkpoint are outside the passes; what the first pass took more is stated.
 pythae is its own trainer and loader; for VDVAE_DIR, a clone of github.com/openai/vdvae, its published step with a fused AdamW
 in apex's place and neither MPI nor DDP. A peer that is not there is said to be missing, and its case has no table.
 
@@ -85,8 +85,7 @@ def main() -> None:
         (name,) = options.only
         with tempfile.TemporaryDirectory() as folder:
             getattr(import_module(f"tests.benchmarks.cases.{CASES[name]}"), name)(options, folder)
-        sys.stdout.flush()
-        os._exit(0)  # the threads of jobs that stand still are not waited for
+        return
     begin = BEGIN_BRIEF if options.brief else BEGIN
     if options.readme:
         around_markers(README, begin=begin)  # before minutes of work
@@ -135,7 +134,6 @@ def in_fresh_process(name: str) -> Found | None:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "1",  # jobs of ours train on threads here, and on the main thread elsewhere
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
         if subprocess.run(command, env=environment).returncode:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vaejob
-from tests.benchmarks.paired import Cost, PacedJob, Pass, alternate
+from tests.benchmarks.paired import Cost, OwnProcess, Turn, Work, alternate
 from vaejob.data.pack import pack
 from vaejob.data.sources import ArraySource
 
@@ -41,7 +41,7 @@ class Found:
     first: dict[str, Cost] = field(default_factory=dict)
     rounds: list[dict[str, Cost]] = field(default_factory=list)
 
-    def measure(self, passes: Mapping[str, Pass], options: argparse.Namespace) -> "Found":
+    def measure(self, passes: Mapping[str, Turn], options: argparse.Namespace) -> "Found":
         """What is found is written after every round, so that a run that is cut short has its table."""
         for line in self.proofs:
             print(f"{self.case}: {line}", flush=True)
@@ -68,15 +68,14 @@ def settings(options: argparse.Namespace, *own: str) -> vaejob.JobConfig:
 
 
 @contextlib.contextmanager
-def paced(jobs: Mapping[str, vaejob.JobConfig], *, images: int) -> Iterator[dict[str, PacedJob]]:
-    """Jobs that stand still afterwards, for the process to end with: their last checkpoints are not waited for."""
-    passes = {name: PacedJob(job, images=images) for name, job in jobs.items()}
+def in_own_processes(works: Mapping[str, Work]) -> Iterator[dict[str, OwnProcess]]:
+    """As each is run by whoever uses it, on the main thread; forked from here, before anything was compiled."""
+    passes = {name: OwnProcess(name, work) for name, work in works.items()}
     try:
         yield passes
-    except BaseException:
+    finally:
         for each in passes.values():
             each.end()
-        raise
 
 
 def pack_pictures(folder: str, *, images: int, side: int = 32) -> np.ndarray:

@@ -18,11 +18,12 @@ from tests.benchmarks.cases.case import (
     PRECISIONS,
     Found,
     gradients,
-    paced,
+    in_own_processes,
     pack_pictures,
     relative,
     settings,
 )
+from tests.benchmarks.paired import repeated, whole_job
 from tests.benchmarks.peers.of_pythae import cifar_peer, epochs, with_noise
 from vaejob.likelihood.bounds import NegativeELBO
 from vaejob.likelihood.pixels import make_pixels
@@ -81,9 +82,13 @@ def conv(options: argparse.Namespace, folder: str) -> Found:
     def make_scorer(*_: object, **__: object) -> NegativeELBO:
         return NegativeELBO(TheirNetwork(copy.deepcopy(peer)), pixels)
 
-    with patch("vaejob.run.make_scorer", make_scorer), paced(jobs, images=images) as passes:
-        theirs = epochs(copy.deepcopy(peer), binary, batch=BATCH, folder=f"{folder}/pythae")
-        return found.measure({found.peer: theirs, **passes}, options)
+    theirs = epochs(copy.deepcopy(peer), binary, batch=BATCH, folder=f"{folder}/pythae")
+    ours = {name: whole_job(job, images=images) for name, job in jobs.items()}
+    with (
+        patch("vaejob.run.make_scorer", make_scorer),
+        in_own_processes({found.peer: repeated(theirs), **ours}) as passes,
+    ):
+        return found.measure(passes, options)
 
 
 def prove_equal(peer: Any, inputs: Tensor, pixels: Any) -> list[str]:

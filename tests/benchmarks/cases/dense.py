@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.benchmarks.cases.case import FP32, PRECISIONS, Found, gradients, paced, relative, settings
+from tests.benchmarks.cases.case import FP32, PRECISIONS, Found, gradients, in_own_processes, relative, settings
 from tests.benchmarks.loop import all_images, pack_digits
+from tests.benchmarks.paired import repeated, whole_job
 from tests.benchmarks.peers.of_pythae import dense_peer, epochs, with_noise
 from vaejob.config import JobConfig
 from vaejob.likelihood.bounds import NegativeELBO
@@ -60,9 +61,10 @@ def _against_pythae(found: Found, options: argparse.Namespace, folder: str, *, i
     scorer = make_scorer(jobs[FP32], shape=(1, 28, 28))
     found.proofs = prove_equal(scorer, jobs[FP32], binary[:batch])
     peer = dense_peer(copy.deepcopy(scorer.vae), importance_samples=samples if samples > 1 else 0)
-    with paced(jobs, images=images) as passes:
-        theirs = epochs(peer, binary, batch=batch, folder=f"{folder}/pythae")
-        return found.measure({found.peer: theirs, **passes}, options)
+    theirs = epochs(peer, binary, batch=batch, folder=f"{folder}/pythae")
+    ours = {name: whole_job(job, images=images) for name, job in jobs.items()}
+    with in_own_processes({found.peer: repeated(theirs), **ours}) as passes:
+        return found.measure(passes, options)
 
 
 def prove_equal(scorer: NegativeELBO, job: JobConfig, inputs: Tensor) -> list[str]:

@@ -15,10 +15,11 @@ from tests.benchmarks.cases.case import (
     FP32,
     PRECISIONS,
     Found,
-    paced,
+    in_own_processes,
     pack_pictures,
     settings,
 )
+from tests.benchmarks.paired import repeated, whole_job
 from tests.benchmarks.peers import of_vdvae
 from vaejob.likelihood.bounds import BoundTerms
 from vaejob.model.noise import image_noise
@@ -58,9 +59,10 @@ def hierarchical(options: argparse.Namespace, folder: str) -> Found:
         compare_work(scorer, lambda: _sum(scorer(levels, keys)), theirs, lambda: theirs(scaled, scaled)["elbo"])
     ]
     ema = copy.deepcopy(theirs).requires_grad_(False)
-    with paced(jobs, images=STEPS * BATCH) as passes:
-        their_epochs = of_vdvae.epochs(train, chosen, theirs, ema, pictures)
-        return found.measure({found.peer: their_epochs, **passes}, options)
+    their_epochs = of_vdvae.epochs(train, chosen, theirs, ema, pictures)
+    ours = {name: whole_job(job, images=STEPS * BATCH) for name, job in jobs.items()}
+    with in_own_processes({found.peer: repeated(their_epochs), **ours}) as passes:
+        return found.measure(passes, options)
 
 
 def compare_work(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.cases.case import Found, relative
-from tests.benchmarks.paired import Pass
+from tests.benchmarks.paired import Turn, in_this_process
 from tests.benchmarks.peers import of_vdvae
 from vaejob.config import LikelihoodConfig
 from vaejob.likelihood.pixels import make_pixels
@@ -33,7 +33,7 @@ class Likelihood(NamedTuple):
         (slope,) = torch.autograd.grad(nats.sum(), own)
         return nats.detach(), slope[:, self.order.argsort()]
 
-    def repeated(self, logits: Tensor) -> Pass:
+    def repeated(self, logits: Tensor) -> Turn:
         own = logits[:, self.order].contiguous().requires_grad_()
 
         def work() -> int:
@@ -42,7 +42,7 @@ class Likelihood(NamedTuple):
                 own.grad = None
             return REPEATS * BATCH
 
-        return work
+        return in_this_process(work)
 
     def kept(self, logits: Tensor) -> float:
         """What waits for the backward pass, in multiples of the logits; the logits themselves count once."""

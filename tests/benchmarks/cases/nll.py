@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tests.benchmarks.cases.case import Found
 from tests.benchmarks.loop import pack_digits
+from tests.benchmarks.paired import Turn, in_this_process
 from tests.benchmarks.scoring import CALLS, binary, peer_model, prove_equal, theirs, trained
 
 IMAGES, SAMPLES = 10, 5000
@@ -17,12 +18,12 @@ def nll(options: argparse.Namespace, folder: str) -> Found:
     model, scored = trained(data, data, folder, argparse.Namespace(images=IMAGES, trained_images=20_000))
     peer, levels = peer_model(model), binary(scored)
 
-    def counted(work: Callable[[], object]) -> Callable[[], int]:
+    def counted(work: Callable[[], object]) -> Turn:
         def passed() -> int:
             work()
             return IMAGES
 
-        return passed
+        return in_this_process(passed)
 
     passes = {
         str(call): counted(lambda call=call: theirs(peer, levels, samples=SAMPLES, **call._asdict()))  # type: ignore[misc]
