@@ -117,6 +117,7 @@ def test_killed_worker_is_started_again_and_no_image_is_missed_or_seen_twice(
         child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()
     ]
     assert len(workers) == 2
+    assert [worker.environ()["MALLOC_ARENA_MAX"] for worker in workers] == ["1", "1"]
     kill_for_memory(workers[1])
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said

@@ -112,6 +112,7 @@ def _trainer(job: JobConfig, board: Any, scratch: str, token: Token) -> TorchTra
                 controller_failure_limit=PLACEMENT_SECONDS // placement_seconds(job.cluster),
             ),
             callbacks=[KeepLedger(job, board, token)],
+            worker_runtime_env={"env_vars": environment(job.cluster)},
         ),
     )
 
@@ -124,6 +125,12 @@ def _fit(trainer: TorchTrainer, ended: "queue.SimpleQueue[BaseException | None]"
         ended.put(error)
     else:
         ended.put(None)
+
+
+def environment(config: ClusterConfig) -> dict[str, str]:
+    """Of workers. Ray Train calls the loop on a thread, and of its own memory glibc gives a thread 64 MB at a time: larger
+    tensors of a CPU would come from the kernel anew at each step (`freed_memory_kept`)."""
+    return {} if config.gpus_per_worker else {"MALLOC_ARENA_MAX": "1"}
 
 
 def _scaling(config: ClusterConfig) -> ScalingConfig:
