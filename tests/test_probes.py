@@ -134,9 +134,14 @@ def test_what_a_step_keeps_grows_with_the_batch_as_estimated(job: JobConfig) -> 
     assert memory.per_image >= 4 * (5 + 5 + 3)
 
 
-def test_larger_batches_are_tried_until_the_machine_would_be_full(job: JobConfig) -> None:
-    memory = estimate_memory(job)
-    per_image = int(0.8 * free_memory()) // 12  # so that with the weights 11 images fit, and 12 do not
+def test_larger_batches_are_tried_until_the_machine_would_be_full(
+    job: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, free = estimate_memory(job), free_memory()
+    monkeypatch.setattr(
+        "vaejob.cluster.doctor.step.free_memory", lambda: free
+    )  # other tests take and give back meanwhile
+    per_image = int(0.8 * free) // 12  # so that with the weights 11 images fit, and 12 do not
     pieces = job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 1})})
     assert estimate_memory(pieces) == memory
     curve = measure_curve(job, memory._replace(per_image=per_image), processes=1)
