@@ -138,9 +138,8 @@ def test_larger_batches_are_tried_until_the_machine_would_be_full(
     job: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory, free = estimate_memory(job), free_memory()
-    monkeypatch.setattr(
-        "vaejob.cluster.doctor.step.free_memory", lambda: free
-    )  # other tests take and give back meanwhile
+    # Other tests take memory meanwhile, and give it back.
+    monkeypatch.setattr("vaejob.cluster.doctor.step.free_memory", lambda: free)
     per_image = int(0.8 * free) // 12  # so that with the weights 11 images fit, and 12 do not
     pieces = job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 1})})
     assert estimate_memory(pieces) == memory
