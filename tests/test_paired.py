@@ -82,8 +82,8 @@ def test_what_a_process_of_its_own_sets_stays_there() -> None:
 def test_a_job_waits_after_every_pass(tmp_path: object) -> None:
     data = pack_digits(str(tmp_path), images=400)
     job = load_config(
-        "mnist-iwae-1", f"data.train={data}", "data.test=null", "cluster.workers=0",
-        "run.bucket=memory://paced", "training.images=1000000", "model.hidden=[8]", "data.global_batch=50",
+        "mnist-iwae-1", f"data.train={data}", "data.test=null", "cluster.workers=0", "cluster.cpus_per_worker=1",
+        "run.bucket=memory://waits", "training.images=1000000", "model.hidden=[8]", "data.global_batch=50",
     )  # fmt: skip
     process = OwnProcess("job", whole_job(job, images=200))
     try:

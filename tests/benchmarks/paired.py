@@ -87,7 +87,8 @@ def in_this_process(work: Pass) -> Turn:
 class OwnProcess:
     """A fork of this process, which stands still between its passes: what one side sets or keeps does not reach the other.
 
-    It ends with this process, or where it is told to. What it was in the middle of is lost.
+    It ends with this process, or where it is told to. What it was in the middle of is lost. Its work has one thread: OpenMP's,
+    if this process has begun others, are not in the fork, which would wait for them for ever.
     """
 
     def __init__(self, name: str, work: Work) -> None:
