@@ -4,10 +4,13 @@ import math
 import multiprocessing
 import os
 import time
+from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
 
+import vaejob.training.loop
 from tests.benchmarks.loop import pack_digits
 from tests.benchmarks.paired import Cost, OwnProcess, alternate, in_this_process, repeated, spread, whole_job
 from vaejob import load_config
@@ -79,15 +82,27 @@ def test_what_a_process_of_its_own_sets_stays_there() -> None:
         process.end()
 
 
-def test_a_job_waits_after_every_pass(tmp_path: object) -> None:
+def test_a_job_waits_after_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = pack_digits(str(tmp_path), images=400)
     job = load_config(
         "mnist-iwae-1", f"data.train={data}", "data.test=null", "cluster.workers=0", "cluster.cpus_per_worker=1",
         "run.bucket=memory://waits", "training.images=1000000", "model.hidden=[8]", "data.global_batch=50",
     )  # fmt: skip
+    steps, train_step = multiprocessing.Value("i", 0), vaejob.training.loop.train_step
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        with steps.get_lock():
+            steps.value += 1
+        return train_step(*arguments, **named)
+
+    monkeypatch.setattr("vaejob.training.loop.train_step", counted)
     process = OwnProcess("job", whole_job(job, images=200))
     try:
-        assert [process().images for _ in range(3)] == [200, 200, 200]
+        for turn in (1, 2, 3):
+            assert process().images == 200
+            assert steps.value == 4 * turn
+            time.sleep(0.05)
+            assert steps.value == 4 * turn
     finally:
         process.end()
 
